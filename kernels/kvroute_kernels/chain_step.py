@@ -1,0 +1,115 @@
+"""One step of the online chains (KV-CoE).
+
+The token-axis chain of a sequence is z_0..z_N, ``z_t = mean over layers of concat over heads of
+[K; V]`` at token t (arXiv 2601.20326, section on KV-CoE; scores of arXiv 2410.13640, section 3).
+Its state is z_0, the last z and two running sums, so a step costs O(L * H * D) and nothing that
+grows with the length: ``sum m_i`` and ``sum a_i`` with ``m_i = |z_{i+1} - z_i|`` and
+``a_i = angle(z_{i+1}, z_i)``. Angles are taken as ``2 atan2(|u - v|, |u + v|)`` of the unit
+vectors, which keeps its digits where ``acos`` of a float32 cosine near 1 has lost them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kvroute_kernels.view import KVView
+
+
+@dataclass(slots=True)
+class ChainTensors:
+    """State of B token-axis chains of vectors of size F. Flat in length.
+
+    Attributes:
+        first: ``[B, F]`` float32, z_0.
+        last: ``[B, F]`` float32, the newest z.
+        count: ``[B]`` int64, vectors seen.
+        sum_magnitude: ``[B]`` float64, sum of |z_{i+1} - z_i|.
+        sum_angle: ``[B]`` float64, sum of the angles, in radians.
+        degenerate: ``[B]`` bool, an angle was undefined because a vector is zero.
+    """
+
+    first: Tensor
+    last: Tensor
+    count: Tensor
+    sum_magnitude: Tensor
+    sum_angle: Tensor
+    degenerate: Tensor
+
+    @classmethod
+    def empty(cls, batch: int, size: int, device: torch.device | str = "cpu") -> ChainTensors:
+        """The state of ``batch`` chains that have seen nothing."""
+        return cls(
+            first=torch.zeros(batch, size, device=device),
+            last=torch.zeros(batch, size, device=device),
+            count=torch.zeros(batch, dtype=torch.int64, device=device),
+            sum_magnitude=torch.zeros(batch, dtype=torch.float64, device=device),
+            sum_angle=torch.zeros(batch, dtype=torch.float64, device=device),
+            degenerate=torch.zeros(batch, dtype=torch.bool, device=device),
+        )
+
+
+def token_vectors(view: KVView, sequence: int, start: int, stop: int, layers: Sequence[int] | None = None) -> Tensor:
+    """z_t of tokens ``start..stop`` of one sequence: ``[n, H*D + H*Dv]`` in float32 (float64 from float64).
+
+    Mean over ``layers`` (all by default) of the concatenation over heads of keys, then values.
+    """
+    chosen = list(view.layers if layers is None else layers)
+    accumulate = torch.float64 if view.dtype == torch.float64 else torch.float32
+    total: list[Tensor | None] = [None, None]
+    for group, places, _ in view.split_layers(chosen):
+        whole = places == list(range(len(group.layers)))
+        for i, piece in enumerate(view.token_slices(group, sequence, start, stop)):
+            summed = (piece if whole else piece[places]).sum(dim=0, dtype=accumulate)
+            previous = total[i]
+            total[i] = summed if previous is None else previous + summed
+    parts = [t.transpose(0, 1).flatten(1) / len(chosen) for t in total if t is not None]
+    return torch.cat(parts, dim=1)
+
+
+def angle_between(a: Tensor, b: Tensor) -> Tensor:
+    """Angle between vectors along the last axis, in radians, [0, pi]; NaN where one is zero."""
+    u = a / torch.linalg.vector_norm(a, dim=-1, keepdim=True)
+    v = b / torch.linalg.vector_norm(b, dim=-1, keepdim=True)
+    return 2 * torch.atan2(torch.linalg.vector_norm(u - v, dim=-1), torch.linalg.vector_norm(u + v, dim=-1))
+
+
+def chain_step(state: ChainTensors, rows: Tensor, vectors: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
+    """Feed new vectors to some chains, in place.
+
+    Args:
+        state: the states of B chains.
+        rows: ``[R]`` int64, which chains.
+        vectors: ``[R, n, F]``, their new vectors, oldest first.
+        counts: ``[R]`` int64, how many of the n are real for each chain.
+
+    Returns:
+        magnitudes and angles of the new steps, ``[R, n]`` float32 each; entry j is the step that ends in
+        vector j. Steps that are not real (padding, a chain's first vector) are 0.
+    """
+    vectors = vectors.float()
+    n = vectors.shape[1]
+    if n == 0 or vectors.shape[0] == 0:
+        empty = vectors.new_zeros(vectors.shape[:2])
+        return empty, empty
+    fresh = state.count[rows] == 0
+    previous = torch.cat([state.last[rows][:, None], vectors[:, :-1]], dim=1)
+    place = torch.arange(n, device=vectors.device)[None]
+    real = place < counts[:, None]
+    step = real & ~((place == 0) & fresh[:, None])
+    magnitude = torch.linalg.vector_norm(vectors - previous, dim=-1)
+    angle = angle_between(vectors, previous)
+    undefined = torch.isnan(angle)
+    magnitude = torch.where(step, magnitude, 0.0)
+    angle = torch.where(step & ~undefined, angle, 0.0)
+    state.first[rows] = torch.where((fresh & (counts > 0))[:, None], vectors[:, 0], state.first[rows])
+    newest = vectors[torch.arange(len(rows), device=vectors.device), (counts - 1).clamp_min(0)]
+    state.last[rows] = torch.where((counts > 0)[:, None], newest, state.last[rows])
+    state.count[rows] += counts
+    state.sum_magnitude[rows] += magnitude.sum(dim=1, dtype=torch.float64)
+    state.sum_angle[rows] += angle.sum(dim=1, dtype=torch.float64)
+    state.degenerate[rows] |= (undefined & step).any(dim=1)
+    return magnitude, angle

@@ -1,0 +1,143 @@
+"""kvroute: embeddings, self-evaluation and routing from the KV cache a language model already keeps.
+
+What this module exports is the public API; everything else may change. Names are loaded when first used, so
+``import kvroute`` is light: no transformers, no framework.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from kvroute._version import __version__
+from kvroute.errors import (
+    CalibrationError,
+    ChatTemplateError,
+    EmptyTextError,
+    FileFormatError,
+    InvalidInputError,
+    KVRouteError,
+    MissingExtraError,
+    ModelLoadError,
+    ModelMismatchError,
+    NonFiniteCacheError,
+    OutOfMemoryError,
+    SpecError,
+    TextTooLongError,
+    UnsupportedModelError,
+    WindowedLayerError,
+)
+
+if TYPE_CHECKING:
+    from kvroute_kernels import KVView
+
+    from kvroute.calibration import ConfidenceCalibrator
+    from kvroute.chains import ChainScores, ChainSpec, ChainState, chain_scores
+    from kvroute.embedder import KVEmbedder
+    from kvroute.engines.base import Engine
+    from kvroute.engines.decoding import Prefix
+    from kvroute.engines.transformers_engine import TransformersEngine
+    from kvroute.generation import (
+        CancelToken,
+        Generation,
+        GenerationChunk,
+        SamplingOptions,
+        Timings,
+        Usage,
+    )
+    from kvroute.info import LayerInfo, ModelInfo
+    from kvroute.pooling import PRESETS, PoolingSpec, pool
+    from kvroute.postprocess import PostProcessor
+    from kvroute.scores import SCORES, Score, ScoreInfo
+    from kvroute.self_evaluation import Evaluation, SelfEvaluator
+    from kvroute.token_weights import FrequencyTable
+
+_LAZY = {
+    "CancelToken": "kvroute.generation",
+    "ChainScores": "kvroute.chains",
+    "ChainSpec": "kvroute.chains",
+    "ChainState": "kvroute.chains",
+    "ConfidenceCalibrator": "kvroute.calibration",
+    "Engine": "kvroute.engines.base",
+    "Evaluation": "kvroute.self_evaluation",
+    "FrequencyTable": "kvroute.token_weights",
+    "Generation": "kvroute.generation",
+    "GenerationChunk": "kvroute.generation",
+    "KVEmbedder": "kvroute.embedder",
+    "KVView": "kvroute_kernels",
+    "LayerInfo": "kvroute.info",
+    "ModelInfo": "kvroute.info",
+    "PRESETS": "kvroute.pooling",
+    "PoolingSpec": "kvroute.pooling",
+    "PostProcessor": "kvroute.postprocess",
+    "Prefix": "kvroute.engines.decoding",
+    "SCORES": "kvroute.scores",
+    "SamplingOptions": "kvroute.generation",
+    "Score": "kvroute.scores",
+    "ScoreInfo": "kvroute.scores",
+    "SelfEvaluator": "kvroute.self_evaluation",
+    "Timings": "kvroute.generation",
+    "TransformersEngine": "kvroute.engines.transformers_engine",
+    "Usage": "kvroute.generation",
+    "chain_scores": "kvroute.chains",
+    "pool": "kvroute.pooling",
+}
+
+__all__ = [
+    "PRESETS",
+    "SCORES",
+    "CalibrationError",
+    "CancelToken",
+    "ChainScores",
+    "ChainSpec",
+    "ChainState",
+    "ChatTemplateError",
+    "ConfidenceCalibrator",
+    "EmptyTextError",
+    "Engine",
+    "Evaluation",
+    "FileFormatError",
+    "FrequencyTable",
+    "Generation",
+    "GenerationChunk",
+    "InvalidInputError",
+    "KVEmbedder",
+    "KVRouteError",
+    "KVView",
+    "LayerInfo",
+    "MissingExtraError",
+    "ModelInfo",
+    "ModelLoadError",
+    "ModelMismatchError",
+    "NonFiniteCacheError",
+    "OutOfMemoryError",
+    "PoolingSpec",
+    "PostProcessor",
+    "Prefix",
+    "SamplingOptions",
+    "Score",
+    "ScoreInfo",
+    "SelfEvaluator",
+    "SpecError",
+    "TextTooLongError",
+    "Timings",
+    "TransformersEngine",
+    "UnsupportedModelError",
+    "Usage",
+    "WindowedLayerError",
+    "__version__",
+    "chain_scores",
+    "pool",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY:
+        value = getattr(importlib.import_module(_LAZY[name]), name)
+        globals()[name] = value
+        return value
+    raise AttributeError(f"module 'kvroute' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

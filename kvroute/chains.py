@@ -1,0 +1,256 @@
+"""Chains: ordered vectors whose geometry scores an answer, kept online.
+
+KV-CoE (arXiv 2601.20326) takes Chain-of-Embedding (arXiv 2410.13640) over the KV cache. For a
+chain z_0..z_N, with ``M_i = |z_{i+1} - z_i| / |z_N - z_0|`` and
+``A_i = angle(z_{i+1}, z_i) / angle(z_N, z_0)``:
+
+    CoE-R = mean(M) - mean(A)
+    CoE-C = sqrt(mean(M cos A)^2 + mean(M sin A)^2)
+
+*Token axis*: z_t is the mean over layers of the concatenation over heads of [K; V] at token t.
+*Layer axis*: z_l is the mean over tokens of the same at layer l.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from kvroute_kernels import (
+    ChainTensors,
+    KVView,
+    KVViewError,
+    WindowError,
+    angle_between,
+    chain_step,
+    paged_pool,
+    token_vectors,
+)
+from pydantic import field_validator
+from torch import Tensor
+
+from kvroute.errors import NonFiniteCacheError, SpecError, WindowedLayerError
+from kvroute.pooling import _Spec, check_layers, resolve_layers
+from kvroute.scores import Score
+
+
+class ChainSpec(_Spec):
+    """Which layers the chains of an answer are built from."""
+
+    layers: tuple[int, ...] | float | str = "all"
+    """As in :class:`~kvroute.PoolingSpec`."""
+
+    _check_layers = field_validator("layers", mode="before")(check_layers)
+
+    def resolve(self, num_layers: int) -> tuple[int, ...]:
+        """The layer indices, ascending, for a model with that many attention layers."""
+        return tuple(sorted(resolve_layers(self.layers, num_layers)))
+
+
+@dataclass(frozen=True, slots=True)
+class ChainScores:
+    """Both scores of one chain; ``None`` with a reason where the chain has none.
+
+    Attributes:
+        r: CoE-R, any real number; higher means more likely right (arXiv 2410.13640).
+        c: CoE-C, at least 0; higher means more likely right (arXiv 2410.13640).
+    """
+
+    r: Score
+    c: Score
+
+
+def chain_scores(chain: Tensor) -> ChainScores:
+    """Scores of a whole chain, offline.
+
+    Args:
+        chain: ``[N + 1, F]``, z_0 to z_N.
+    """
+    z = chain.double()
+    if z.shape[0] < 3:
+        return _no_score(_too_short(z.shape[0]))
+    magnitudes = torch.linalg.vector_norm(z[1:] - z[:-1], dim=1)
+    angles = angle_between(z[1:], z[:-1])
+    return _scores(magnitudes, angles, z[0], z[-1], bool(torch.isnan(angles).any()))
+
+
+def _too_short(count: int) -> str:
+    return f"the chain has {count} vectors, and fewer than 3 have the same score whatever they are"
+
+
+def _no_score(reason: str) -> ChainScores:
+    return ChainScores(Score(None, reason), Score(None, reason))
+
+
+def _scores(magnitudes: Tensor, angles: Tensor, first: Tensor, last: Tensor, degenerate: bool) -> ChainScores:
+    first, last = first.double(), last.double()
+    if degenerate:
+        return _no_score("a vector of the chain is zero, so an angle is undefined")
+    span = float(torch.linalg.vector_norm(last - first))
+    turn = float(angle_between(last, first))
+    if not math.isfinite(span) or not math.isfinite(turn):
+        return _no_score("the chain holds values that are not finite")
+    if span == 0.0:
+        return _no_score("the chain ends where it began")
+    if turn == 0.0:
+        return _no_score("the chain's ends point the same way, so its angles have no measure")
+    m = magnitudes.double() / span
+    a = angles.double() / turn
+    r = float(m.mean() - a.mean())
+    c = float(torch.hypot((m * torch.cos(a)).mean(), (m * torch.sin(a)).mean()))
+    if not math.isfinite(r) or not math.isfinite(c):
+        return _no_score("the chain holds values that are not finite")
+    return ChainScores(Score(r), Score(c))
+
+
+class ChainState:
+    """Both chains of B answers, fed token by token or many tokens at a time.
+
+    A sequence's state is flat in length (z_0, the last z, running sums, one sum a layer) but for CoE-C's two
+    floats a token, which are summed when read because its normaliser comes last.
+
+    Args:
+        num_sequences: B.
+        spec: which layers.
+        num_layers: attention layers of the model; by default those of the first view or tensors fed.
+    """
+
+    def __init__(self, num_sequences: int = 1, spec: ChainSpec | None = None, num_layers: int | None = None) -> None:
+        self.spec = spec or ChainSpec()
+        self.num_sequences = num_sequences
+        self._num_layers = num_layers
+        self._layers: tuple[int, ...] | None = None
+        self._token: ChainTensors | None = None
+        self._layer_sums: Tensor | None = None
+        self._steps: list[list[Tensor]] = [[] for _ in range(num_sequences)]
+
+    def __len__(self) -> int:
+        """Tokens fed to the first sequence."""
+        return 0 if self._token is None else int(self._token.count[0])
+
+    @property
+    def nbytes(self) -> tuple[int, int]:
+        """Bytes a sequence: (flat in length, the 8 a token that CoE-C keeps, for all tokens so far)."""
+        if self._token is None or self._layer_sums is None:
+            return 0, 0
+        t = self._token
+        flat = sum(x.nbytes for x in (t.first, t.last, t.count, t.sum_magnitude, t.sum_angle, t.degenerate))
+        steps = sum(s.nbytes for row in self._steps for s in row)
+        return (flat + self._layer_sums.nbytes) // self.num_sequences, steps // self.num_sequences
+
+    def update(self, keys: Tensor, values: Tensor) -> None:
+        """Feed new tokens of a single answer.
+
+        Args:
+            keys: ``[L, n, H, D]`` keys after RoPE of n new tokens in all attention layers; n may be 1.
+            values: ``[L, n, H, Dv]``.
+
+        Raises:
+            SpecError: wrong shapes, or the state holds several answers.
+            NonFiniteCacheError: NaN or infinity.
+        """
+        if self.num_sequences != 1:
+            raise SpecError("update feeds a state of one answer.", hint="Use update_view for several.")
+        if keys.ndim != 4 or values.ndim != 4 or keys.shape[:3] != values.shape[:3]:
+            raise SpecError(
+                f"keys [L, n, H, D] and values [L, n, H, Dv] expected, not {list(keys.shape)}, {list(values.shape)}."
+            )
+        if keys.shape[1] == 0:
+            return
+        view = KVView.from_contiguous(keys.transpose(1, 2)[:, None], values.transpose(1, 2)[:, None], [keys.shape[1]])
+        self.update_view(view, [0], [0], [int(keys.shape[1])], position=len(self))
+
+    def update_view(
+        self,
+        view: KVView,
+        rows: Sequence[int],
+        start: Sequence[int],
+        stop: Sequence[int],
+        *,
+        position: int | None = None,
+    ) -> None:
+        """Feed tokens ``start..stop`` of a view's sequences to the answers ``rows``.
+
+        Args:
+            view: the cache; sequence i feeds answer ``rows[i]``.
+            rows: which answers, one for each sequence of the view.
+            start: first new token of each sequence.
+            stop: one past the last; equal to start where there is nothing new.
+            position: for error messages, the place of the first token where it is not ``start``.
+
+        Raises:
+            NonFiniteCacheError: NaN or infinity in the new tokens, with layer and position.
+            WindowedLayerError: a layer with a window holds the tokens no more.
+        """
+        if self._layers is None:
+            self._layers = self.spec.resolve(self._num_layers or len(view.layers))
+        layers = self._layers
+        try:
+            vectors = [
+                token_vectors(view, b, lo, hi, layers) for b, (lo, hi) in enumerate(zip(start, stop, strict=True))
+            ]
+            sums = paged_pool(view, layers=layers, start=start, stop=stop)
+        except WindowError as error:
+            raise WindowedLayerError(str(error), hint="Feed the chains while the tokens are still held.") from error
+        except KVViewError as error:
+            raise SpecError(str(error)) from error
+        assert sums.keys is not None
+        assert sums.values is not None
+        by_layer = torch.cat([sums.keys.flatten(2), sums.values.flatten(2)], dim=2)
+        if not bool(torch.isfinite(by_layer).all()):
+            fault = view.find_non_finite(layers)
+            if fault is not None:
+                shift = 0 if position is None else position - start[fault.sequence]
+                raise NonFiniteCacheError(rows[fault.sequence], fault.layer, fault.position + shift, fault.part)
+        counts = [int(v.shape[0]) for v in vectors]
+        padded = torch.nn.utils.rnn.pad_sequence(vectors, batch_first=True).float()
+        device = padded.device
+        if self._token is None or self._layer_sums is None:
+            self._token = ChainTensors.empty(self.num_sequences, padded.shape[2], device)
+            self._layer_sums = torch.zeros(self.num_sequences, *by_layer.shape[1:], dtype=torch.float64, device=device)
+        index = torch.tensor(list(rows), dtype=torch.int64, device=device)
+        fresh = (self._token.count[index] == 0).tolist()
+        magnitudes, angles = chain_step(self._token, index, padded, torch.tensor(counts, device=device))
+        self._layer_sums[index] += by_layer.double()
+        for i, row in enumerate(rows):
+            first = 1 if fresh[i] else 0
+            if counts[i] > first:
+                pair = torch.stack([magnitudes[i, first : counts[i]], angles[i, first : counts[i]]])
+                self._steps[row].append(pair.cpu().clone())
+
+    def token_scores(self, sequence: int = 0) -> ChainScores:
+        """Scores of the token-axis chain so far."""
+        count = 0 if self._token is None else int(self._token.count[sequence])
+        if count < 3:
+            return _no_score(_too_short(count))
+        assert self._token is not None
+        steps = self._steps[sequence]
+        if len(steps) > 1:  # one tensor from here on
+            steps[:] = [torch.cat(steps, dim=1)]
+        return _scores(
+            steps[0][0],
+            steps[0][1],
+            self._token.first[sequence].cpu(),
+            self._token.last[sequence].cpu(),
+            bool(self._token.degenerate[sequence]),
+        )
+
+    def layer_scores(self, sequence: int = 0) -> ChainScores:
+        """Scores of the layer-axis chain so far."""
+        count = 0 if self._token is None else int(self._token.count[sequence])
+        if count == 0:
+            return _no_score("the chain has no token yet")
+        assert self._layer_sums is not None
+        return chain_scores(self._layer_sums[sequence].cpu() / count)
+
+    def scores(self, sequence: int = 0) -> dict[str, Score]:
+        """All four scores by their names in :data:`kvroute.SCORES`."""
+        token, layer = self.token_scores(sequence), self.layer_scores(sequence)
+        return {
+            "kv_coe_r_token": token.r,
+            "kv_coe_c_token": token.c,
+            "kv_coe_r_layer": layer.r,
+            "kv_coe_c_layer": layer.c,
+        }

@@ -1,0 +1,123 @@
+"""What every engine offers. Embedder, self-evaluation and command line take any of them."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Iterator, Sequence
+from typing import Any, Protocol, overload, runtime_checkable
+
+import numpy as np
+
+from kvroute.features import Features
+from kvroute.generation import CancelToken, Generation, GenerationChunk, Message, Prompt, SamplingOptions
+from kvroute.info import ModelInfo
+from kvroute.pooling import PoolingSpec
+
+Vectors = np.ndarray[Any, np.dtype[np.float32]]
+
+
+@runtime_checkable
+class Engine(Protocol):
+    """Runs a causal model and gives features from its KV cache."""
+
+    @property
+    def info(self) -> ModelInfo:
+        """What the model is."""
+        ...
+
+    @property
+    def tokenizer(self) -> Any:
+        """The model's tokenizer."""
+        ...
+
+    def tokenize(self, prompt: Prompt) -> list[int]:
+        """Token ids of a text, or of a chat with the turn opened for the model."""
+        ...
+
+    def pool(
+        self,
+        token_ids: Sequence[Sequence[int]],
+        specs: Sequence[PoolingSpec],
+        *,
+        sif_weights: Vectors | None = None,
+        progress: bool | None = None,
+    ) -> list[Vectors]:
+        """Prefill texts and pool their caches: for each spec ``[n, dim]`` float32, in the order of the texts."""
+        ...
+
+    @overload
+    def generate(
+        self,
+        prompts: str,
+        *,
+        features: Features = None,
+        options: SamplingOptions | None = None,
+        cancel: CancelToken | None = None,
+        **sampling: Any,
+    ) -> Generation: ...
+    @overload
+    def generate(
+        self,
+        prompts: Sequence[Message],
+        *,
+        features: Features = None,
+        options: SamplingOptions | None = None,
+        cancel: CancelToken | None = None,
+        **sampling: Any,
+    ) -> Generation: ...
+    @overload
+    def generate(
+        self,
+        prompts: Sequence[Prompt],
+        *,
+        features: Features = None,
+        options: SamplingOptions | None = None,
+        cancel: CancelToken | None = None,
+        **sampling: Any,
+    ) -> list[Generation]: ...
+    def generate(
+        self,
+        prompts: Any,
+        *,
+        features: Features = None,
+        options: SamplingOptions | None = None,
+        cancel: CancelToken | None = None,
+        **sampling: Any,
+    ) -> Generation | list[Generation]:
+        """Write answers."""
+        ...
+
+    def stream(
+        self,
+        prompts: Any,
+        *,
+        features: Features = None,
+        options: SamplingOptions | None = None,
+        cancel: CancelToken | None = None,
+        **sampling: Any,
+    ) -> Iterator[GenerationChunk]:
+        """Write answers, piece by piece."""
+        ...
+
+    async def agenerate(
+        self,
+        prompts: Any,
+        *,
+        features: Features = None,
+        options: SamplingOptions | None = None,
+        cancel: CancelToken | None = None,
+        **sampling: Any,
+    ) -> Generation | list[Generation]:
+        """:meth:`generate` without blocking the event loop."""
+        ...
+
+    def astream(
+        self,
+        prompts: Any,
+        *,
+        features: Features = None,
+        options: SamplingOptions | None = None,
+        cancel: CancelToken | None = None,
+        **sampling: Any,
+    ) -> AsyncIterator[GenerationChunk]:
+        """:meth:`stream` without blocking the event loop."""
+        ...

@@ -1,0 +1,44 @@
+"""Which texts run together: by length, under a token budget, with little padding."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+_WASTE = 0.08
+_SMALL = 128
+
+
+def plan_batches(lengths: Sequence[int], budget: int) -> list[list[int]]:
+    """Batches of indices, longest texts first.
+
+    A batch is padded to its longest text and computes at most ``budget`` tokens, padding included (a text
+    longer than the budget runs alone). It closes before padding passes 8 % of it, unless it is so
+    small (128 tokens) that the time of a call outweighs the padding.
+
+    Args:
+        lengths: tokens of each text, at least 1.
+        budget: padded tokens a batch, at least 1.
+    """
+    order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
+    batches: list[list[int]] = []
+    real = 0
+    for index in order:
+        length = lengths[index]
+        if batches:
+            batch = batches[-1]
+            longest = lengths[batch[0]]
+            padded = longest * (len(batch) + 1)
+            waste = padded - real - length
+            if padded <= budget and (waste <= _WASTE * padded or padded <= _SMALL):
+                batch.append(index)
+                real += length
+                continue
+        batches.append([index])
+        real = length
+    return batches
+
+
+def padding_share(lengths: Sequence[int], batches: Sequence[Sequence[int]]) -> float:
+    """Share of the computed tokens that is padding, 0 to 1."""
+    computed = sum(max(lengths[i] for i in batch) * len(batch) for batch in batches)
+    return 1 - sum(lengths) / computed if computed else 0.0

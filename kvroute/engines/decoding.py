@@ -1,0 +1,382 @@
+"""One batch of answers: a prefill, then steps. Prompt features and answers come out of the same prefill."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from kvroute_kernels import KVView
+from torch import Tensor
+
+from kvroute.chains import ChainState
+from kvroute.engines.sampling import Sampler, end_tokens
+from kvroute.engines.slab import SlabCache
+from kvroute.engines.text import TextStream
+from kvroute.errors import KVRouteError
+from kvroute.features import FeaturePlan
+from kvroute.generation import FinishReason, Generation, SamplingOptions, Timings, Usage
+from kvroute.pooling import pool
+from kvroute.scores import Score, family
+
+logger = logging.getLogger(__name__)
+
+_FLUSH = 32
+"""Tokens that the chains take at once: they stay online, and their fixed cost is shared."""
+_SPARE = 256
+"""Tokens of room for the answer at first; the cache grows past it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Prefix:
+    """Tokens whose keys and values are kept, for prompts that begin with them.
+
+    Made by :meth:`kvroute.TransformersEngine.prefix`. Read-only: any number of generations, in any threads,
+    may continue it at once.
+    """
+
+    token_ids: tuple[int, ...]
+    cache: SlabCache
+
+    def common(self, ids: Sequence[int]) -> int:
+        """How many of its tokens a prompt begins with."""
+        count = 0
+        for mine, theirs in zip(self.token_ids, ids, strict=False):
+            if mine != theirs:
+                break
+            count += 1
+        return count
+
+
+@dataclass(slots=True)
+class _Row:
+    prompt: list[int]
+    place: int
+    text: TextStream
+    tokens: list[int]
+    cached: int = 0
+    fed: int = 0  # answer tokens whose keys and values the chains have
+    finish: FinishReason | None = None
+    ended_at: float = 0.0
+    logit_sums: Tensor | None = None
+
+
+class DecodeSession:
+    """Prefills some prompts and writes their answers, one token a step.
+
+    Args:
+        model: a transformers causal model.
+        tokenizer: its tokenizer.
+        prompts: token ids, one list a prompt.
+        places: each prompt's place in the caller's list.
+        options: how answers are written.
+        plan: features to compute.
+        prefix: a cache that prompts may continue.
+        sif_weights: SIF weights of token ids, for pooled features that need them.
+        follow_text: whether text is needed while it is written (streaming, stop texts).
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        prompts: Sequence[Sequence[int]],
+        places: Sequence[int],
+        options: SamplingOptions,
+        plan: FeaturePlan,
+        *,
+        num_layers: int,
+        prefix: Prefix | None = None,
+        sif_weights: Callable[[Sequence[int]], Tensor] | None = None,
+        follow_text: bool = False,
+    ) -> None:
+        self.model, self.tokenizer, self.options, self.plan = model, tokenizer, options, plan
+        self.num_layers = num_layers
+        self.prefix = prefix
+        self.sif_weights = sif_weights
+        self.follow_text = follow_text or bool(options.stop)
+        self.device = model.device
+        self.rows = [
+            _Row(list(p), place, TextStream(tokenizer, options.stop), [])
+            for p, place in zip(prompts, places, strict=True)
+        ]
+        penalty = options.repetition_penalty or getattr(model.generation_config, "repetition_penalty", None) or 1.0
+        self.sampler = Sampler(options, places, float(penalty))
+        self.ends = end_tokens(model, tokenizer)
+        self.active = list(range(len(self.rows)))  # rows still being written
+        self.lanes = list(self.active)  # the row in each sequence of the cache
+        self.features: list[dict[str, np.ndarray[Any, np.dtype[np.float32]]]] = [{} for _ in self.rows]
+        self.errors: list[dict[str, str]] = [{} for _ in self.rows]
+        self.chain = ChainState(len(self.rows), plan.chain, num_layers) if plan.chain else None
+        self.cache: SlabCache
+        self.logits: Tensor
+        self.width = max(len(r.prompt) for r in self.rows)
+        self.padding = torch.tensor([self.width - len(r.prompt) for r in self.rows], device=self.device)
+        self.steps = 0
+        self.feature_seconds = 0.0
+        self.prefill_seconds = 0.0
+        self.started = time.perf_counter()
+
+    # ------------------------------------------------------------------ model
+
+    def prefill(self) -> None:
+        """Run the prompts; leaves the logits of the first tokens and the prompts' features."""
+        room = min(self.options.max_tokens, _SPARE)
+        self.cache = SlabCache(self.model.config, capacity=self.width + room)
+        shared = 0
+        if self.prefix is not None:
+            shared = min(min(self.prefix.common(r.prompt), len(r.prompt) - 1) for r in self.rows)
+        new = max(len(r.prompt) for r in self.rows) - shared
+        if shared:
+            assert self.prefix is not None
+            self.cache.continue_from(self.prefix.cache, [len(r.prompt) - new for r in self.rows], self.width)
+        ids, positions = [], []
+        fill = next(iter(self.ends), 0)
+        for row in self.rows:
+            taken = row.prompt[-new:]
+            pad = new - len(taken)
+            row.cached = len(row.prompt) - len(taken)
+            ids.append([fill] * pad + taken)
+            positions.append([0] * pad + list(range(row.cached, len(row.prompt))))
+        self._forward(torch.tensor(ids, device=self.device), torch.tensor(positions, device=self.device))
+        self.prefill_seconds = time.perf_counter() - self.started
+        self._prompt_features()
+
+    def _forward(self, ids: Tensor, positions: Tensor) -> None:
+        """Run new tokens of all lanes; keeps the last one's logits, float32 ``[lanes, vocab]``."""
+        mask = None
+        if bool(self.padding.any()):
+            slots = torch.arange(self.width + self.steps, device=self.device)
+            mask = (slots[None] >= self.padding[:, None]).long()
+        output = self.model(
+            input_ids=ids,
+            attention_mask=mask,
+            position_ids=positions,
+            past_key_values=self.cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        self.logits = output.logits[:, -1].float()
+
+    def step(self) -> list[tuple[int, int, str]]:
+        """Choose one token for every answer that is being written, then run them.
+
+        Returns:
+            (row, token, text that can be shown now) of each.
+        """
+        lane_of = {row: lane for lane, row in enumerate(self.lanes)}
+        lanes = [lane_of[r] for r in self.active]
+        logits = self.logits if len(lanes) == len(self.lanes) else self.logits[lanes]
+        contexts = [self.rows[r].prompt + self.rows[r].tokens for r in self.active] if self.sampler.penalty != 1 else []
+        tokens = self.sampler.choose(logits, self.active, contexts)
+        if self.plan.logits:
+            self._note_logits(logits, tokens)
+        events = []
+        for r, token in zip(self.active, tokens, strict=True):
+            row = self.rows[r]
+            row.tokens.append(token)
+            piece = row.text.push(token) if self.follow_text and token not in self.ends else ""
+            if token in self.ends or row.text.stopped:
+                row.finish = "stop"
+            elif len(row.tokens) >= self.options.max_tokens:
+                row.finish = "length"
+            if row.finish and self.follow_text:
+                piece += row.text.finish()
+            events.append((r, token, piece))
+        ended = [r for r in self.active if self.rows[r].finish]
+        if ended:
+            self._close(ended)
+        if self.active:
+            self._advance()
+        return events
+
+    def _advance(self) -> None:
+        if len(self.active) <= len(self.lanes) // 2:  # most answers have ended: stop carrying them along
+            keep = torch.tensor([self.lanes.index(r) for r in self.active], device=self.device)
+            self.cache.select_sequences(keep)
+            self.padding = self.padding[keep]
+            self.lanes = list(self.active)
+        rows = [self.rows[r] for r in self.lanes]
+        ids = torch.tensor([[row.tokens[-1]] for row in rows], device=self.device)
+        self.steps += 1
+        positions = torch.tensor([[len(row.prompt) + self.steps - 1] for row in rows], device=self.device)
+        self._forward(ids, positions)
+        if self.chain is not None and self.steps % _FLUSH == 0:
+            self._feed_chain(self.active)
+
+    def cancel(self) -> list[tuple[int, str]]:
+        """End all answers here; returns (row, rest of its text) of each."""
+        ended = list(self.active)
+        for r in ended:
+            self.rows[r].finish = "cancelled"
+        rest = [(r, self.rows[r].text.finish() if self.follow_text else "") for r in ended]
+        self._close(ended)
+        return rest
+
+    def result(self, r: int) -> Generation:
+        """The answer of a row that has ended."""
+        row = self.rows[r]
+        assert row.finish is not None
+        text = row.text.text if self.follow_text else self._decode(row)
+        generated = len(row.tokens)
+        scores = self._scores(r)
+        return Generation(
+            text=text,
+            token_ids=row.tokens,
+            prompt_token_ids=row.prompt,
+            finish_reason=row.finish,
+            usage=Usage(
+                prompt=len(row.prompt),
+                cached=row.cached,
+                computed=len(row.prompt) - row.cached + max(generated - 1, 0),
+                generated=generated,
+            ),
+            timings=Timings(
+                prefill=self.prefill_seconds,
+                decode=row.ended_at - self.started - self.prefill_seconds,
+                features=self.feature_seconds,
+            ),
+            features=self.features[r],
+            scores=scores,
+            feature_errors=self.errors[r],
+        )
+
+    def _decode(self, row: _Row) -> str:
+        kept = row.tokens[:-1] if row.tokens and row.tokens[-1] in self.ends else row.tokens
+        return str(self.tokenizer.decode(kept, skip_special_tokens=True))
+
+    def _scores(self, r: int) -> dict[str, Score]:
+        row = self.rows[r]
+        scores: dict[str, Score] = {}
+        if self.chain is not None:
+            if "kv-coe" in self.errors[r]:
+                scores.update({n: Score(None, self.errors[r]["kv-coe"]) for n in family("kv-coe")})
+            else:
+                scores.update(self.chain.scores(r))
+        if self.plan.logits:
+            if row.logit_sums is None or "logits" in self.errors[r]:
+                reason = self.errors[r].get("logits", "the answer has no token")
+                scores.update({n: Score(None, reason) for n in family("logits")})
+            else:
+                means = (row.logit_sums / len(row.tokens)).tolist()
+                scores.update({n: Score(m) for n, m in zip(family("logits"), means, strict=True)})
+        if self.plan.length:
+            scores["length"] = Score(float(len(row.tokens)))
+        return scores
+
+    def _close(self, ended: list[int]) -> None:
+        """Answers that have just ended: their features, while their keys and values are there."""
+        if self.chain is not None:
+            self._feed_chain(ended)
+        if any(of == "answer" for of, _ in self.plan.pooled.values()):
+            self._answer_features(ended)
+        now = time.perf_counter()
+        for r in ended:
+            self.rows[r].ended_at = now
+        self.active = [r for r in self.active if not self.rows[r].finish]
+
+    # ------------------------------------------------------------------ features
+
+    def view(self, rows: Sequence[int]) -> KVView:
+        """The cache of some rows: their prompts and the answers' tokens but the last."""
+        lanes = [self.lanes.index(r) for r in rows]
+        lengths = [len(self.rows[r].prompt) + self._written(r) for r in self.lanes]
+        view = self.cache.view(torch.tensor(lengths, device=self.device), self.padding)
+        return view if lanes == list(range(len(self.lanes))) else view.select_sequences(lanes)
+
+    def _written(self, row: int) -> int:
+        """Tokens of an answer but the last sampled one, which belongs to no feature (DESIGN section 3)."""
+        return max(len(self.rows[row].tokens) - 1, 0)
+
+    def _guard(self, rows: Sequence[int], names: Sequence[str], work: Callable[[], None]) -> None:
+        """Run feature work: a fault in it is noted and never costs the answer."""
+        began = time.perf_counter()
+        try:
+            work()
+        except Exception as error:  # noqa: BLE001 - an answer is worth more than its features
+            message = str(error) if isinstance(error, KVRouteError) else f"{type(error).__name__}: {error}"
+            logger.warning("Features %s are missing: %s", list(names), message)
+            for r in rows:
+                for name in names:
+                    self.errors[r].setdefault(name, message)
+        self.feature_seconds += time.perf_counter() - began
+
+    def _prompt_features(self) -> None:
+        for name, (of, spec) in self.plan.pooled.items():
+            if of == "prompt":
+
+                def work(name: str = name, spec: Any = spec) -> None:
+                    every = list(range(len(self.rows)))
+                    self._pool(name, spec, every, [0] * len(every), [len(r.prompt) for r in self.rows])
+
+                self._guard(range(len(self.rows)), [name], work)
+
+    def _answer_features(self, ended: list[int]) -> None:
+        empty = [r for r in ended if self._written(r) == 0]
+        full = [r for r in ended if self._written(r) > 0]
+        for name, (of, spec) in self.plan.pooled.items():
+            if of != "answer":
+                continue
+            for r in empty:
+                self.errors[r][name] = "The answer has no token with keys and values."
+            if full:
+
+                def work(name: str = name, spec: Any = spec) -> None:
+                    start = [len(self.rows[r].prompt) for r in full]
+                    stop = [s + self._written(r) for s, r in zip(start, full, strict=True)]
+                    self._pool(name, spec, full, start, stop)
+
+                self._guard(full, [name], work)
+
+    def _pool(self, name: str, spec: Any, rows: list[int], start: list[int], stop: list[int]) -> None:
+        weights = None
+        if spec.weights == "sif" and self.sif_weights is not None:
+            weights = [self.sif_weights(self.rows[r].prompt + self.rows[r].tokens) for r in rows]
+        vectors = pool(self.view(rows), spec, num_layers=self.num_layers, start=start, stop=stop, sif_weights=weights)
+        for r, vector in zip(rows, vectors.float().cpu().numpy(), strict=True):
+            self.features[r][name] = vector
+
+    def _feed_chain(self, rows: Sequence[int]) -> None:
+        chain = self.chain
+        due = [r for r in rows if self.rows[r].fed < self._written(r) and "kv-coe" not in self.errors[r]]
+        if chain is None or not due:
+            return
+
+        def work() -> None:
+            start = [len(self.rows[r].prompt) + self.rows[r].fed for r in due]
+            stop = [len(self.rows[r].prompt) + self._written(r) for r in due]
+            chain.update_view(self.view(due), due, start, stop)
+            for r, s in zip(due, stop, strict=True):
+                self.rows[r].fed = s - len(self.rows[r].prompt)
+
+        self._guard(due, ["kv-coe"], work)
+
+    def _note_logits(self, logits: Tensor, tokens: Sequence[int]) -> None:
+        def work() -> None:
+            logprobs = torch.log_softmax(logits, dim=-1)
+            chosen = logprobs.gather(1, torch.tensor(tokens, device=logits.device)[:, None])[:, 0]
+            noted = logit_statistics(logprobs, chosen).double().cpu()
+            for i, r in enumerate(self.active):
+                sums = self.rows[r].logit_sums
+                self.rows[r].logit_sums = noted[i] if sums is None else sums + noted[i]
+
+        self._guard(self.active, ["logits"], work)
+
+
+def logit_statistics(logprobs: Tensor, chosen: Tensor) -> Tensor:
+    """Per position: log-probability of the chosen token, entropy in nats, probability of the likeliest token.
+
+    Args:
+        logprobs: ``[n, vocab]``.
+        chosen: ``[n]``, log-probability of the token that was taken.
+
+    Returns:
+        ``[n, 3]``, in the order of ``family("logits")``.
+    """
+    probabilities = logprobs.exp()
+    entropy = torch.special.entr(probabilities).sum(dim=-1)
+    return torch.stack([chosen, entropy, probabilities.amax(dim=-1)], dim=1)

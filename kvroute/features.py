@@ -1,0 +1,105 @@
+"""What a caller may ask an engine for, by name or by spec.
+
+=====================  ====================================================================
+``"prompt:<preset>"``  the prompt's pooled vector, e.g. ``"prompt:paper-mteb"``
+``"answer:<preset>"``  the answer's pooled vector (its tokens but the last, which has no K and V)
+``"kv-coe"``           the four chain scores of the answer
+``"logits"``           mean log-probability, entropy and maximum probability of the answer
+``"length"``           tokens of the answer
+a ``PoolingSpec``      the prompt's pooled vector by that spec
+=====================  ====================================================================
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+from kvroute.chains import ChainSpec
+from kvroute.errors import SpecError
+from kvroute.pooling import PRESETS, PoolingSpec
+
+Of = Literal["prompt", "answer"]
+FeatureRequest = str | PoolingSpec | ChainSpec
+Features = FeatureRequest | Sequence[FeatureRequest] | Mapping[str, FeatureRequest] | None
+
+
+@dataclass(frozen=True)
+class FeaturePlan:
+    """Features resolved: what a run has to compute.
+
+    Attributes:
+        pooled: by the caller's name, of what and how.
+        chain: the chains' spec, or None.
+        logits: whether the logit scores are asked for.
+        length: whether the length score is asked for.
+    """
+
+    pooled: dict[str, tuple[Of, PoolingSpec]] = field(default_factory=dict)
+    chain: ChainSpec | None = None
+    logits: bool = False
+    length: bool = False
+
+    @property
+    def empty(self) -> bool:
+        """Nothing asked for."""
+        return not (self.pooled or self.chain or self.logits or self.length)
+
+
+def plan_features(features: Features) -> FeaturePlan:
+    """Resolve what was asked for.
+
+    Raises:
+        SpecError: an unknown name; the message lists what there is.
+    """
+    if features is None:
+        return FeaturePlan()
+    if isinstance(features, str | PoolingSpec | ChainSpec):
+        features = [features]
+    if isinstance(features, Mapping):
+        named = list(features.items())
+    elif isinstance(features, Sequence):
+        named = [(_name(f), f) for f in features]
+    else:
+        raise SpecError(f"features are names and specs, not {type(features).__name__}.", hint=_HINT)
+    pooled: dict[str, tuple[Of, PoolingSpec]] = {}
+    chain: ChainSpec | None = None
+    logits = length = False
+    for name, feature in named:
+        if name in pooled:
+            raise SpecError(f"Two features are named {name!r}.", hint="Give them as a dict with names of your own.")
+        if isinstance(feature, PoolingSpec):
+            pooled[name] = ("prompt", feature)
+        elif isinstance(feature, ChainSpec):
+            chain = feature
+        elif feature == "kv-coe":
+            chain = ChainSpec()
+        elif feature == "logits":
+            logits = True
+        elif feature == "length":
+            length = True
+        elif isinstance(feature, str) and feature.startswith(("prompt:", "answer:")):
+            of, _, preset = feature.partition(":")
+            if preset not in PRESETS:
+                raise SpecError(f"No preset is named {preset!r}.", hint=f"There are: {', '.join(PRESETS)}.")
+            pooled[name] = ("answer" if of == "answer" else "prompt", PRESETS[preset])
+        else:
+            raise SpecError(f"No feature is named {feature!r}.", hint=_HINT)
+    return FeaturePlan(pooled, chain, logits, length)
+
+
+_HINT = (
+    "Ask for 'kv-coe', 'logits', 'length', 'prompt:<preset>', 'answer:<preset>', a PoolingSpec or a ChainSpec; "
+    "or a dict of them under names of your own."
+)
+
+
+def _name(feature: object) -> str:
+    if isinstance(feature, str):
+        return feature
+    if isinstance(feature, PoolingSpec):
+        return "prompt"
+    if isinstance(feature, ChainSpec):
+        return "kv-coe"
+    raise SpecError(f"features are names and specs, not {type(feature).__name__}.", hint=_HINT)

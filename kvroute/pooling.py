@@ -1,0 +1,310 @@
+"""Pooling: one vector a sequence out of its keys and values.
+
+Order of reduction: tokens, heads, layers, then K and V side by side, then L2 normalisation
+(arXiv 2601.20326, section 3; DESIGN section 3). All sums are float32 whatever the cache's dtype.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Literal, Self
+
+import torch
+from kvroute_kernels import KVView, KVViewError, WindowError, paged_pool
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from torch import Tensor
+
+from kvroute.errors import InvalidInputError, NonFiniteCacheError, SpecError, WindowedLayerError
+
+if TYPE_CHECKING:
+    from kvroute.info import ModelInfo
+
+_LAYER_WORD = re.compile(r"(?P<all>all)|(?P<side>last|first):(?P<count>[1-9]\d*)")
+
+
+def resolve_layers(layers: tuple[int, ...] | float | str, num_layers: int) -> tuple[int, ...]:
+    """Layer indices that a spec's ``layers`` means for a model with ``num_layers`` attention layers.
+
+    Raises:
+        SpecError: a layer that the model does not have; the message says which there are.
+    """
+    if num_layers < 1:
+        raise SpecError("The model has no attention layer, so there are no keys and values to pool.")
+    if isinstance(layers, float):
+        return tuple(range(max(1, math.floor(layers * num_layers + 1e-9))))
+    if isinstance(layers, str):
+        match = _LAYER_WORD.fullmatch(layers)
+        assert match is not None  # the spec's validator let it in
+        if match["all"]:
+            return tuple(range(num_layers))
+        count = int(match["count"])
+        if count > num_layers:
+            raise SpecError(
+                f"{layers!r} asks for {count} layers, and the model has {num_layers}.",
+                hint=f"Use at most '{match['side']}:{num_layers}', or 'all'.",
+            )
+        return tuple(range(num_layers - count, num_layers) if match["side"] == "last" else range(count))
+    resolved = []
+    for layer in layers:
+        if not -num_layers <= layer < num_layers:
+            raise SpecError(
+                f"Layer {layer} was asked for, and the model has {num_layers} attention layers.",
+                hint=f"Use 0 to {num_layers - 1}, or -{num_layers} to -1 from the end.",
+            )
+        resolved.append(layer % num_layers)
+    if len(set(resolved)) != len(resolved):
+        raise SpecError(f"Layers {list(layers)} name a layer twice.", hint="Name each layer once.")
+    return tuple(resolved)
+
+
+def check_layers(value: Any) -> Any:
+    """Pydantic 'before' validator of a ``layers`` field."""
+    if isinstance(value, bool):
+        raise ValueError("layers must be indices, 'all', 'last:4', 'first:8' or a fraction such as 0.5")
+    if isinstance(value, int):
+        return (value,)
+    if isinstance(value, float):
+        if not 0 < value <= 1:
+            raise ValueError(
+                f"a fraction of the depth lies above 0 and at most at 1, not {value}; 0.5 is the first half"
+            )
+        return value
+    if isinstance(value, str):
+        if not _LAYER_WORD.fullmatch(value):
+            raise ValueError(f"{value!r} is none of 'all', 'last:4', 'first:8', indices such as [3, 4], or 0.5")
+        return value
+    if isinstance(value, Sequence):
+        if len(value) == 0:
+            raise ValueError("name at least one layer")
+        if any(isinstance(v, bool) or not isinstance(v, int) for v in value):
+            raise ValueError("layer indices are whole numbers")
+        return tuple(value)
+    raise ValueError("layers must be indices, 'all', 'last:4', 'first:8' or a fraction such as 0.5")
+
+
+class _Spec(BaseModel):
+    """What specs share: frozen, no unknown fields, our own exception on nonsense."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    def __init__(self, **data: Any) -> None:
+        try:
+            super().__init__(**data)
+        except ValidationError as error:
+            raise SpecError(_what_was_wrong(type(self).__name__, error)) from error
+
+    @classmethod
+    def from_json(cls, text: str | bytes) -> Self:
+        """Read a spec back from its JSON (``spec.model_dump_json()``).
+
+        Raises:
+            SpecError: it is not JSON, or not a spec.
+        """
+        try:
+            return cls.model_validate_json(text)
+        except ValidationError as error:
+            raise SpecError(_what_was_wrong(cls.__name__, error)) from error
+
+    def to_json(self) -> str:
+        """The spec as JSON."""
+        return self.model_dump_json()
+
+
+def _what_was_wrong(name: str, error: ValidationError) -> str:
+    faults = "; ".join(
+        f"{'.'.join(str(p) for p in e['loc'] if isinstance(p, str) and p.isidentifier()) or 'spec'}: {e['msg']}"
+        for e in error.errors(include_url=False, include_context=False, include_input=False)
+    )
+    return f"Not a {name}: {faults}."
+
+
+class PoolingSpec(_Spec):
+    """How keys and values become one vector (arXiv 2601.20326, section 3)."""
+
+    layers: tuple[int, ...] | float | str = "last:4"
+    """Attention layers: indices (negative from the end), ``all``, ``last:4``, ``first:8``, or a fraction of the
+    depth: 0.5 is the first half."""
+    part: Literal["k", "v", "kv"] = "kv"
+    """Keys, values, or keys and then values side by side."""
+    tokens: Literal["mean", "sum", "last", "first"] = "mean"
+    """How tokens are reduced; ``last`` and ``first`` take one token."""
+    window: int | None = Field(default=None, ge=1)
+    """Only the last N tokens, for ``mean`` and ``sum``."""
+    weights: Literal["position", "sif"] | None = None
+    """Weights of a ``mean``: ``position`` weighs token t (from 0) by t + 1, as SGPT does (arXiv 2202.08904, section
+    4.1); ``sif`` by a / (a + p(token)) (Arora et al., ICLR 2017)."""
+    sif_a: float = Field(default=1e-3, gt=0, allow_inf_nan=False)
+    """The a of ``sif``."""
+    heads: Literal["mean", "concat"] = "mean"
+    """How KV heads are reduced."""
+    layer_reduce: Literal["mean", "sum", "last", "concat"] = "mean"
+    """How layers are reduced; ``last`` takes the deepest."""
+    normalize: bool = False
+    """Divide by the L2 norm."""
+
+    _check_layers = field_validator("layers", mode="before")(check_layers)
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Self:
+        if self.window is not None and self.tokens in ("last", "first"):
+            raise ValueError(
+                f"window means nothing for tokens='{self.tokens}', which takes one token; drop it or use 'mean'"
+            )
+        if self.weights is not None and self.tokens != "mean":
+            raise ValueError(f"weights go with tokens='mean', not '{self.tokens}'")
+        return self
+
+    @classmethod
+    def preset(cls, name: str) -> PoolingSpec:
+        """A published or measured preset by name: see :data:`PRESETS`.
+
+        Raises:
+            SpecError: no preset has that name; the message lists them.
+        """
+        try:
+            return PRESETS[name]
+        except KeyError:
+            raise SpecError(f"No preset is named {name!r}.", hint=f"There are: {', '.join(PRESETS)}.") from None
+
+    def resolve(self, num_layers: int) -> tuple[int, ...]:
+        """The layer indices for a model with that many attention layers, ascending where reduced by ``last``."""
+        return resolve_layers(self.layers, num_layers)
+
+    def deepest_layer(self, info: ModelInfo) -> int:
+        """Index of the deepest attention layer it reads: no deeper layer has to run."""
+        return max(self.resolve(info.num_layers))
+
+    def dimension(self, info: ModelInfo) -> int:
+        """Size of the vector for a model.
+
+        Raises:
+            SpecError: the layers don't exist, or differ in their sizes.
+        """
+        layers = self.resolve(info.num_layers)
+        sizes = {info.layers[i].sizes for i in layers}
+        if len(sizes) > 1:
+            raise SpecError(
+                f"Layers {list(layers)} of {info.name} differ in heads or head size: {sorted(sizes)}.",
+                hint="Choose layers that are alike.",
+            )
+        heads, key_size, value_size = sizes.pop()
+        size = (key_size if "k" in self.part else 0) + (value_size if "v" in self.part else 0)
+        if self.heads == "concat":
+            size *= heads
+        return size * (len(layers) if self.layer_reduce == "concat" else 1)
+
+
+PRESETS: dict[str, PoolingSpec] = {
+    "paper-mteb": PoolingSpec(
+        layers="last:4", part="kv", tokens="mean", heads="mean", layer_reduce="mean", normalize=True
+    ),
+    "paper-classifier": PoolingSpec(
+        layers="last:4", part="kv", tokens="sum", window=64, heads="concat", layer_reduce="mean"
+    ),
+}
+"""``paper-mteb`` and ``paper-classifier`` are the settings of arXiv 2601.20326."""
+
+
+def token_range(spec: PoolingSpec, start: int, stop: int) -> tuple[int, int]:
+    """Tokens of ``start..stop`` that the spec reads."""
+    if spec.tokens == "last":
+        return stop - 1, stop
+    if spec.tokens == "first":
+        return start, start + 1
+    if spec.window is not None:
+        return max(start, stop - spec.window), stop
+    return start, stop
+
+
+def pool(
+    view: KVView,
+    spec: PoolingSpec,
+    *,
+    num_layers: int | None = None,
+    start: Sequence[int] | None = None,
+    stop: Sequence[int] | None = None,
+    sif_weights: Sequence[Tensor] | None = None,
+) -> Tensor:
+    """Pool a cache into one vector a sequence.
+
+    Args:
+        view: the cache of B sequences.
+        spec: how.
+        num_layers: attention layers of the model, where the view holds fewer (a run that stopped early).
+        start: first token of each sequence; 0 by default.
+        stop: one past the last; the sequence's length by default.
+        sif_weights: by sequence, the SIF weight of each of its tokens (all of them, not of the range), for a spec
+            with ``weights="sif"``.
+
+    Returns:
+        ``[B, dim]`` float32 (float64 for a float64 cache).
+
+    Raises:
+        SpecError: the spec does not fit the model or needs weights that are not given.
+        InvalidInputError: a range holds no token.
+        WindowedLayerError: a layer with a window holds the tokens no more.
+        NonFiniteCacheError: NaN or infinity in the cache, with layer and position.
+    """
+    layers = spec.resolve(len(view.layers) if num_layers is None else num_layers)
+    first = [0] * view.num_sequences if start is None else list(start)
+    last = view.host_lengths if stop is None else list(stop)
+    for index, (low, high) in enumerate(zip(first, last, strict=True)):
+        if low >= high:
+            raise InvalidInputError(f"Sequence {index} has no token in {low}..{high} to pool.")
+    ranges = [token_range(spec, low, high) for low, high in zip(first, last, strict=True)]
+    weights = _weights(spec, ranges, sif_weights, view.lengths.device)
+    if spec.layer_reduce == "last":
+        layers = (max(layers),)
+    try:
+        sums = paged_pool(
+            view,
+            layers=layers,
+            start=[r[0] for r in ranges],
+            stop=[r[1] for r in ranges],
+            part=spec.part,
+            weights=weights,
+        )
+    except WindowError as error:
+        raise WindowedLayerError(
+            str(error), hint="Pool a window that fits (window=N), or layers that attend to everything."
+        ) from error
+    except KVViewError as error:
+        raise SpecError(str(error)) from error
+    halves = [_reduce(s, sums.weight, spec) for s in (sums.keys, sums.values) if s is not None]
+    vector = torch.cat(halves, dim=1)
+    if not bool(torch.isfinite(vector).all()):
+        fault = view.find_non_finite(layers)
+        if fault is not None:
+            raise NonFiniteCacheError(fault.sequence, fault.layer, fault.position, fault.part)
+        raise InvalidInputError("The pooled vector overflows, though the cache is finite.", hint="Use tokens='mean'.")
+    if spec.normalize:
+        vector = torch.nn.functional.normalize(vector, dim=1)
+    return vector
+
+
+def _weights(
+    spec: PoolingSpec, ranges: list[tuple[int, int]], sif: Sequence[Tensor] | None, device: torch.device
+) -> list[Tensor] | None:
+    if spec.weights is None:
+        return None
+    if spec.weights == "position":
+        return [torch.arange(low + 1, high + 1, dtype=torch.float32, device=device) for low, high in ranges]
+    if sif is None:
+        raise SpecError(
+            "weights='sif' needs the frequency of every token.",
+            hint="Use KVEmbedder, which brings a frequency table, or pass sif_weights.",
+        )
+    return [w[low:high] for w, (low, high) in zip(sif, ranges, strict=True)]
+
+
+def _reduce(sums: Tensor, weight: Tensor, spec: PoolingSpec) -> Tensor:
+    """``[B, L, H, D]`` -> ``[B, dim]``."""
+    x = sums / weight[:, None, None, None] if spec.tokens == "mean" else sums
+    x = x.mean(dim=2) if spec.heads == "mean" else x.flatten(2)
+    if spec.layer_reduce == "concat":
+        return x.flatten(1)
+    if spec.layer_reduce == "sum":
+        return x.sum(dim=1)
+    return x.mean(dim=1)
