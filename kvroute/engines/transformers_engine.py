@@ -67,8 +67,13 @@ class TransformersEngine:
     ) -> None:
         if token_budget is not None and token_budget < 1:
             raise InvalidInputError(f"token_budget is at least 1 token, not {token_budget}.")
+        if model.training:
+            raise InvalidInputError(
+                "The model is in training mode, where dropout would change its cache.", hint="Call model.eval() first."
+            )
         self.model = model
         self._tokenizer = tokenizer
+        self._tokenizer_lock = threading.Lock()  # fast tokenizers keep settings that threads would fight over
         self.token_budget = token_budget or (_BUDGET_CPU if model.device.type == "cpu" else _BUDGET_GPU)
         self._info = describe(model, name=name, revision=revision)
 
@@ -133,7 +138,8 @@ class TransformersEngine:
         """
         text = prompt if isinstance(prompt, str) else self.render(prompt)
         try:
-            ids = self._tokenizer(text, add_special_tokens=isinstance(prompt, str))["input_ids"]
+            with self._tokenizer_lock:
+                ids = self._tokenizer(text, add_special_tokens=isinstance(prompt, str))["input_ids"]
         except (UnicodeError, TypeError, ValueError) as error:
             raise InvalidInputError(
                 f"The text can't be tokenized: {error}.",
@@ -336,7 +342,7 @@ class TransformersEngine:
             cache = SlabCache(self.model.config, capacity=len(ids))
             if len(cache.attention_layers) != len(cache.layers):
                 raise UnsupportedModelError(
-                    f"{self._info.name} has layers with a recurrent state, so its prefixes can't be continued by token.",
+                    f"{self._info.name} has layers with a recurrent state, whose prefixes can't be continued.",
                     hint="Generate without prefix= for this model.",
                 )
             self.model.get_decoder()(

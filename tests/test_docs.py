@@ -1,0 +1,60 @@
+"""Runs every block of README and docs: Python blocks in one namespace a page, shell blocks line by line."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+BLOCK = re.compile(r"^```(?P<kind>python|bash|json|text)\n(?P<body>.*?)^```$", re.MULTILINE | re.DOTALL)
+FENCE = re.compile(r"^```(?P<kind>[^\n]*)\n", re.MULTILINE)
+# `make test` runs this very file, so a block that calls it is not run again from within.
+RECURSIVE = {"make test"}
+
+
+def blocks(page: Path, kind: str) -> list[str]:
+    return [m["body"] for m in BLOCK.finditer(page.read_text()) if m["kind"] == kind]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+def test_every_block_says_what_it_is(page: Path) -> None:
+    text = page.read_text()
+    kinds = [m["kind"] for m in FENCE.finditer(text)][::2]
+    assert all(kind in {"python", "bash", "json", "text"} for kind in kinds), kinds
+    assert len(kinds) == len(BLOCK.findall(text))
+
+
+@pytest.mark.docs
+@pytest.mark.parametrize("page", [p for p in PAGES if blocks(p, "python")], ids=lambda p: p.name)
+def test_python_blocks(page: Path, tmp_path: Path) -> None:
+    script = tmp_path / "page.py"
+    script.write_text("\n\n".join(blocks(page, "python")))
+    ran = subprocess.run([sys.executable, script.name], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert ran.returncode == 0, ran.stderr[-3000:]
+
+
+@pytest.mark.docs
+@pytest.mark.parametrize("page", [p for p in PAGES if blocks(p, "bash")], ids=lambda p: p.name)
+def test_shell_blocks(page: Path, tmp_path: Path) -> None:
+    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+    for block in blocks(page, "bash"):
+        lines = [line for line in block.replace("\\\n", "").splitlines() if line.strip() and not line.startswith("#")]
+        for line in lines:
+            if line.strip() in RECURSIVE:
+                continue
+            in_checkout = line.startswith(("make ", "python benchmarks/", "python examples/"))
+            ran = subprocess.run(
+                ["bash", "-c", line],
+                cwd=ROOT if in_checkout else tmp_path,
+                env=environment,
+                capture_output=True,
+                text=True,
+                check=False,
+            )
+            assert ran.returncode == 0, f"{line}\n{ran.stdout[-1500:]}\n{ran.stderr[-1500:]}"
