@@ -1,0 +1,1 @@
+"""Parts of embedding_quality.py: data, extraction, candidates, measures."""
