@@ -1,0 +1,79 @@
+"""Fixtures: tiny random models in every architecture, a tokenizer, and the real SmolLM2. No network."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from tiny_models import HYBRID, STANDARD, build_model, build_tokenizer
+from transformers import PreTrainedTokenizerFast
+
+from kvroute import TransformersEngine
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+@pytest.fixture(scope="session")
+def tiny_tokenizer() -> PreTrainedTokenizerFast:
+    """A byte-level BPE of 320 tokens with a ChatML template. Shared: change a ``build_tokenizer()`` of your own."""
+    return build_tokenizer()
+
+
+@pytest.fixture(scope="session")
+def tiny_model() -> Callable[..., Any]:
+    """``tiny_model(architecture, seed=0, dtype=torch.float32, **config)``: a fresh random model."""
+    return build_model
+
+
+@pytest.fixture(scope="session")
+def _engines(tiny_tokenizer: PreTrainedTokenizerFast) -> Callable[[str], TransformersEngine]:
+    made: dict[str, TransformersEngine] = {}
+
+    def engine(architecture: str) -> TransformersEngine:
+        if architecture not in made:
+            model = build_model(architecture)
+            made[architecture] = TransformersEngine(model, tiny_tokenizer, name=f"tiny-{architecture}")
+        return made[architecture]
+
+    return engine
+
+
+@pytest.fixture(scope="session")
+def tiny_engine(_engines: Callable[[str], TransformersEngine]) -> TransformersEngine:
+    """A tiny random Llama. Shared by all tests, so leave it as it is."""
+    return _engines("llama")
+
+
+@pytest.fixture(params=[*STANDARD, *HYBRID])
+def tiny_engines(request: pytest.FixtureRequest, _engines: Callable[[str], TransformersEngine]) -> TransformersEngine:
+    """One engine an architecture, hybrids included: the test runs once for each."""
+    return _engines(request.param)
+
+
+@pytest.fixture(params=STANDARD)
+def standard_engine(
+    request: pytest.FixtureRequest, _engines: Callable[[str], TransformersEngine]
+) -> TransformersEngine:
+    """One engine an architecture whose layers all keep keys and values."""
+    return _engines(request.param)
+
+
+@pytest.fixture(params=HYBRID)
+def hybrid_engine(request: pytest.FixtureRequest, _engines: Callable[[str], TransformersEngine]) -> TransformersEngine:
+    """One engine an architecture that mixes attention and recurrent layers."""
+    return _engines(request.param)
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> TransformersEngine:
+    """The real SmolLM2-135M-Instruct in float32. Tests that use it are marked ``real``."""
+    return TransformersEngine.from_pretrained("smollm2", dtype=torch.float32)
+
+
+@pytest.fixture(autouse=True)
+def _fixed_seed() -> None:
+    torch.manual_seed(0)
