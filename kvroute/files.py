@@ -66,7 +66,7 @@ def read_tensors(path: str | Path, kind: str) -> tuple[dict[str, Array], dict[st
     try:
         with safe_open(str(path), framework="numpy") as file:
             header = file.metadata() or {}
-            arrays = {name: file.get_tensor(name) for name in sorted(file.keys())}  # noqa: SIM118 - not a dict
+            arrays = {name: file.get_tensor(name) for name in sorted(file.keys())}
     except (SafetensorError, OSError, ValueError, TypeError) as error:
         raise FileFormatError(
             f"{path} can't be read as safetensors: {error}", hint="It is missing, torn or another kind of file."
@@ -89,8 +89,8 @@ def check_header(path: str | Path, header: Mapping[str, Any], kind: str) -> None
     number = str(header.get("format", ""))
     if not number.isdigit() or int(number) > _FORMAT:
         raise FileFormatError(
-            f"{path} has format {number or 'unknown'} (kvroute {header.get('kvroute')}); this is kvroute {__version__}, "
-            f"which reads up to {_FORMAT}.",
+            f"{path} has format {number or 'unknown'} (kvroute {header.get('kvroute')}), and this is kvroute "
+            f"{__version__}, which reads up to {_FORMAT}.",
             hint="Install a newer kvroute.",
         )
 

@@ -197,6 +197,8 @@ class PoolingSpec(_Spec):
 
 
 PRESETS: dict[str, PoolingSpec] = {
+    "best": PoolingSpec(layers=0.5, part="v", weights="sif", heads="concat", layer_reduce="concat"),
+    "fast": PoolingSpec(layers=0.25, part="v", weights="sif", heads="concat", layer_reduce="concat"),
     "paper-mteb": PoolingSpec(
         layers="last:4", part="kv", tokens="mean", heads="mean", layer_reduce="mean", normalize=True
     ),

@@ -80,7 +80,7 @@ class FrequencyTable:
 
     def weights(self, a: float = 1e-3) -> np.ndarray[Any, np.dtype[np.float32]]:
         """SIF weight of every token, ``[vocab]`` float32 in (0, 1]: a / (a + p)."""
-        return (a / (a + self.frequencies)).astype(np.float32)
+        return np.asarray(a / (a + self.frequencies), dtype=np.float32)
 
     def require(self, tokenizer: Any) -> None:
         """Refuse a tokenizer with another vocabulary.

@@ -23,7 +23,7 @@ CHUNK = 256
 
 
 class Store:
-    """Arrays by text: ``kv [n, 2 first, W, L, 2, F]`` and ``hidden [n, 2 first, W, L + 1, E]`` (the axis ``first``: with
+    """Arrays by text: ``kv [n, 2 first, W, L, 2, F]``, ``hidden [n, 2 first, W, L + 1, E]`` (the axis ``first``: with
     and without the first token), and the last token's ``kv_last [n, L, 2, F]``, ``hidden_last [n, L + 1, E]``."""
 
     def __init__(self, folder: Path, texts: list[str]) -> None:

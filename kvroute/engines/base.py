@@ -33,6 +33,10 @@ class Engine(Protocol):
         """Token ids of a text, or of a chat with the turn opened for the model."""
         ...
 
+    def tokenize_texts(self, texts: Sequence[str]) -> list[list[int]]:
+        """Token ids of plain texts, in one call of the tokenizer."""
+        ...
+
     def pool(
         self,
         token_ids: Sequence[Sequence[int]],

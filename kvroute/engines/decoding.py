@@ -76,7 +76,7 @@ class DecodeSession:
         options: how answers are written.
         plan: features to compute.
         prefix: a cache that prompts may continue.
-        sif_weights: SIF weights of token ids, for pooled features that need them.
+        sif_weights: SIF weight of every token for an ``a``, for pooled features that need them.
         follow_text: whether text is needed while it is written (streaming, stop texts).
     """
 
@@ -91,7 +91,7 @@ class DecodeSession:
         *,
         num_layers: int,
         prefix: Prefix | None = None,
-        sif_weights: Callable[[Sequence[int]], Tensor] | None = None,
+        sif_weights: Callable[[float], Tensor] | None = None,
         follow_text: bool = False,
     ) -> None:
         self.model, self.tokenizer, self.options, self.plan = model, tokenizer, options, plan
@@ -335,7 +335,9 @@ class DecodeSession:
     def _pool(self, name: str, spec: Any, rows: list[int], start: list[int], stop: list[int]) -> None:
         weights = None
         if spec.weights == "sif" and self.sif_weights is not None:
-            weights = [self.sif_weights(self.rows[r].prompt + self.rows[r].tokens) for r in rows]
+            table = self.sif_weights(spec.sif_a)
+            ids = [self.rows[r].prompt + self.rows[r].tokens for r in rows]
+            weights = [table[torch.tensor(i, device=table.device)] for i in ids]
         vectors = pool(self.view(rows), spec, num_layers=self.num_layers, start=start, stop=stop, sif_weights=weights)
         for r, vector in zip(rows, vectors.float().cpu().numpy(), strict=True):
             self.features[r][name] = vector

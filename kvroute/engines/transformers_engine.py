@@ -13,6 +13,7 @@ from typing import Any, Literal, Self, overload
 
 import numpy as np
 import torch
+from torch import Tensor
 from kvroute_kernels import KVView
 
 from kvroute.engines.base import Vectors
@@ -33,6 +34,7 @@ from kvroute.generation import CancelToken, Generation, GenerationChunk, Message
 from kvroute.info import ModelInfo
 from kvroute.pooling import PoolingSpec, pool
 from kvroute.progress import progress_bar
+from kvroute.token_weights import FrequencyTable
 
 logger = logging.getLogger(__name__)
 
@@ -76,6 +78,7 @@ class TransformersEngine:
         self._tokenizer_lock = threading.Lock()  # fast tokenizers keep settings that threads would fight over
         self.token_budget = token_budget or (_BUDGET_CPU if model.device.type == "cpu" else _BUDGET_GPU)
         self._info = describe(model, name=name, revision=revision)
+        self._sif: dict[float, Tensor] = {}
 
     @classmethod
     def from_pretrained(
@@ -136,16 +139,29 @@ class TransformersEngine:
             ChatTemplateError: messages, and no chat template (or it refuses them).
             InvalidInputError: the text can't be tokenized (a lone surrogate, say).
         """
-        text = prompt if isinstance(prompt, str) else self.render(prompt)
-        try:
-            with self._tokenizer_lock:
-                ids = self._tokenizer(text, add_special_tokens=isinstance(prompt, str))["input_ids"]
-        except (UnicodeError, TypeError, ValueError) as error:
-            raise InvalidInputError(
-                f"The text can't be tokenized: {error}.",
-                hint="Clean it first, e.g. with text.encode('utf-8', 'replace').decode().",
-            ) from error
-        return list(ids)
+        if isinstance(prompt, str):
+            return self.tokenize_texts([prompt])[0]
+        with self._tokenizer_lock:
+            return list(self._tokenizer(self.render(prompt), add_special_tokens=False)["input_ids"])
+
+    def tokenize_texts(self, texts: Sequence[str]) -> list[list[int]]:
+        """Token ids of plain texts, in one call of the tokenizer.
+
+        Raises:
+            InvalidInputError: a text can't be tokenized (a lone surrogate, say), naming its index.
+        """
+        for index, text in enumerate(texts):
+            try:
+                text.encode()
+            except UnicodeEncodeError as error:
+                raise InvalidInputError(
+                    f"Text {index} can't be tokenized: {error.reason} at character {error.start}.",
+                    hint="Clean it first, e.g. with text.encode('utf-8', 'replace').decode().",
+                ) from error
+        if not texts:
+            return []
+        with self._tokenizer_lock:
+            return [list(ids) for ids in self._tokenizer(list(texts))["input_ids"]]
 
     def render(self, messages: Sequence[Message], *, open_turn: bool = True) -> str:
         """The text of a chat by the tokenizer's chat template.
@@ -293,7 +309,8 @@ class TransformersEngine:
         Args:
             token_ids: the texts.
             specs: how to pool; layers deeper than the deepest they read are not run.
-            sif_weights: ``[vocab]``, the SIF weight of every token, for specs that ask for it.
+            sif_weights: ``[vocab]``, the SIF weight of every token, for specs that ask for it; by default from the
+                frequencies that the vocabulary suggests.
             progress: whether to show a bar; by default on a terminal.
 
         Returns:
@@ -303,18 +320,26 @@ class TransformersEngine:
             as :meth:`prefill` and :func:`kvroute.pooling.pool`.
         """
         out = [np.empty((len(token_ids), spec.dimension(self._info)), dtype=np.float32) for spec in specs]
+        given = None if sif_weights is None else torch.as_tensor(sif_weights, device=self.model.device)
         if not specs or not len(token_ids):
             return out
         layers = sorted({layer for spec in specs for layer in spec.resolve(self._info.num_layers)})
-        table = None if sif_weights is None else torch.as_tensor(sif_weights, device=self.model.device)
         for batch, view in self.prefill(token_ids, layers=layers, progress=progress):
-            weights = None
-            if table is not None:
-                weights = [table[torch.tensor(list(token_ids[i]), device=table.device)] for i in batch]
             for spec, vectors in zip(specs, out, strict=True):
+                weights = None
+                if spec.weights == "sif":
+                    table = self.sif_weights(spec.sif_a) if given is None else given
+                    weights = [table[torch.as_tensor(token_ids[i], device=table.device)] for i in batch]
                 pooled = pool(view, spec, num_layers=self._info.num_layers, sif_weights=weights)
                 vectors[batch] = pooled.float().cpu().numpy()
         return out
+
+    def sif_weights(self, a: float) -> Tensor:
+        """SIF weight of every token, ``[vocab]``, from the frequencies that the vocabulary suggests."""
+        if a not in self._sif:
+            table = FrequencyTable.from_vocabulary(self._tokenizer).weights(a)
+            self._sif[a] = torch.from_numpy(table).to(self.model.device)
+        return self._sif[a]
 
     # ------------------------------------------------------------------ generation
 
@@ -495,10 +520,6 @@ class TransformersEngine:
         plan = plan_features(features)
         for _, spec in plan.pooled.values():
             spec.dimension(self._info)
-            if spec.weights == "sif":
-                raise InvalidInputError(
-                    "A pooled feature with weights='sif' needs a frequency table.", hint="Use KVEmbedder.feature()."
-                )
         if plan.chain is not None:
             plan.chain.resolve(self._info.num_layers)
         ids = [self.tokenize(p) for p in prompts]
@@ -537,6 +558,7 @@ class TransformersEngine:
                 plan,
                 num_layers=self._info.num_layers,
                 prefix=prefix,
+                sif_weights=self.sif_weights,
                 follow_text=follow_text,
             )
             try:

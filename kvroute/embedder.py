@@ -1,0 +1,287 @@
+"""Texts to vectors: :class:`KVEmbedder`."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, Self, overload
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from kvroute.engines.base import Engine, Vectors
+from kvroute.errors import EmptyTextError, FileFormatError, InvalidInputError, SpecError, TextTooLongError
+from kvroute.files import read_json, write_json
+from kvroute.pooling import PoolingSpec
+from kvroute.postprocess import Method, PostProcessor
+from kvroute.token_weights import FrequencyTable
+
+if TYPE_CHECKING:
+    import torch
+
+_KIND = "kvroute.embedder"
+_CONFIG, _POSTPROCESS, _FREQUENCIES = "embedder.json", "postprocess.safetensors", "frequencies.safetensors"
+
+
+class _Saved(BaseModel):
+    """What ``embedder.json`` holds."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    model: str
+    fingerprint: str
+    spec: PoolingSpec
+    prompts: dict[str, str]
+    truncate: bool
+    postprocess: bool
+    frequencies: bool
+
+
+class KVEmbedder:
+    """Embeds texts with the KV cache of a causal model.
+
+    Each text runs once, no deeper than the spec's deepest layer, and without the LM head.
+
+    Args:
+        engine: the model.
+        spec: how to pool, or the name of a preset.
+        prompts: texts put before the text, by name; ``encode_query`` uses ``query`` and ``encode_document`` uses
+            ``document`` where they are given, as in sentence-transformers.
+        frequencies: token frequencies for a spec with ``weights="sif"``; by default those that the tokenizer's
+            vocabulary suggests.
+        postprocess: fitted post-processing; see :meth:`fit`.
+        truncate: whether a text past the context is cut, or is an error.
+
+    Raises:
+        SpecError: the spec does not fit the model.
+        ModelMismatchError: the frequencies belong to another tokenizer.
+        InvalidInputError: the post-processing takes vectors of another size.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        spec: PoolingSpec | str = "best",
+        *,
+        prompts: Mapping[str, str] | None = None,
+        frequencies: FrequencyTable | None = None,
+        postprocess: PostProcessor | None = None,
+        truncate: bool = False,
+    ) -> None:
+        self.engine = engine
+        self.spec = PoolingSpec.preset(spec) if isinstance(spec, str) else spec
+        self.prompts = dict(prompts or {})
+        self.truncate = truncate
+        self.postprocess = postprocess
+        self._pooled_dimension = self.spec.dimension(engine.info)
+        if postprocess is not None and postprocess.input_dimension != self._pooled_dimension:
+            raise InvalidInputError(
+                f"The post-processing takes vectors of size {postprocess.input_dimension}, and the spec gives "
+                f"{self._pooled_dimension}.",
+                hint="Fit it with this spec and model: KVEmbedder.fit(texts).",
+            )
+        if frequencies is not None:
+            frequencies.require(engine.tokenizer)
+        elif self.spec.weights == "sif":
+            frequencies = FrequencyTable.from_vocabulary(engine.tokenizer)
+        self.frequencies = frequencies
+        self._weights = frequencies.weights(self.spec.sif_a) if frequencies and self.spec.weights == "sif" else None
+
+    def __repr__(self) -> str:
+        return f"KVEmbedder({self.engine.info.name!r}, dimension={self.dimension})"
+
+    @property
+    def dimension(self) -> int:
+        """Size of a vector."""
+        return self._pooled_dimension if self.postprocess is None else self.postprocess.dimension
+
+    # ------------------------------------------------------------------ encoding
+
+    @overload
+    def encode(
+        self, texts: str | Sequence[str], *, prompt_name: str | None = None, prompt: str | None = None,
+        truncate: bool | None = None, normalize: bool | None = None, convert_to: Literal["numpy"] = "numpy",
+        progress: bool | None = None,
+    ) -> Vectors: ...  # fmt: skip
+    @overload
+    def encode(
+        self, texts: str | Sequence[str], *, prompt_name: str | None = None, prompt: str | None = None,
+        truncate: bool | None = None, normalize: bool | None = None, convert_to: Literal["torch"],
+        progress: bool | None = None,
+    ) -> torch.Tensor: ...  # fmt: skip
+    def encode(
+        self,
+        texts: str | Sequence[str],
+        *,
+        prompt_name: str | None = None,
+        prompt: str | None = None,
+        truncate: bool | None = None,
+        normalize: bool | None = None,
+        convert_to: Literal["numpy", "torch"] = "numpy",
+        progress: bool | None = None,
+    ) -> Vectors | torch.Tensor:
+        """Embed one text or many.
+
+        Args:
+            texts: the texts.
+            prompt_name: which of :attr:`prompts` to put before each.
+            prompt: a text to put before each, instead.
+            truncate: whether a text past the context is cut; by default as the embedder was made.
+            normalize: whether vectors get unit length at the end; by default they stay as the spec (and the
+                post-processing) gives them.
+            convert_to: ``numpy`` or ``torch``.
+            progress: whether to show a bar; by default on a terminal.
+
+        Returns:
+            ``[n, dimension]`` float32, or ``[dimension]`` for a single text. A vector does not depend on the other
+            texts of the call, but for rounding.
+
+        Raises:
+            EmptyTextError: a text with no token, naming its index.
+            TextTooLongError: a text past the context, naming index and length, unless it is truncated.
+            InvalidInputError: not a text, or one that can't be tokenized, naming its index.
+        """
+        single = isinstance(texts, str)
+        listed = [texts] if isinstance(texts, str) else list(texts)
+        before = self._prompt(prompt_name, prompt)
+        ids = self._tokenize(listed, before, self.truncate if truncate is None else truncate)
+        vectors = self.engine.pool(ids, [self.spec], sif_weights=self._weights, progress=progress)[0]
+        if self.postprocess is not None:
+            vectors = self.postprocess.transform(vectors)
+        if normalize:
+            vectors = vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
+        found = vectors[0] if single else vectors
+        if convert_to == "torch":
+            import torch
+
+            return torch.from_numpy(np.ascontiguousarray(found))
+        return found
+
+    def encode_query(self, texts: str | Sequence[str], **kwargs: Any) -> Any:
+        """:meth:`encode` with the prompt ``query``, if there is one."""
+        return self.encode(texts, **self._named("query", kwargs))
+
+    def encode_document(self, texts: str | Sequence[str], **kwargs: Any) -> Any:
+        """:meth:`encode` with the prompt ``document``, if there is one."""
+        return self.encode(texts, **self._named("document", kwargs))
+
+    async def aencode(self, texts: str | Sequence[str], **kwargs: Any) -> Any:
+        """:meth:`encode` in a thread."""
+        return await asyncio.to_thread(lambda: self.encode(texts, **kwargs))
+
+    async def aencode_query(self, texts: str | Sequence[str], **kwargs: Any) -> Any:
+        """:meth:`encode_query` in a thread."""
+        return await asyncio.to_thread(lambda: self.encode_query(texts, **kwargs))
+
+    async def aencode_document(self, texts: str | Sequence[str], **kwargs: Any) -> Any:
+        """:meth:`encode_document` in a thread."""
+        return await asyncio.to_thread(lambda: self.encode_document(texts, **kwargs))
+
+    def similarity(self, a: np.ndarray[Any, Any], b: np.ndarray[Any, Any]) -> Vectors:
+        """Cosines of vectors ``[n, dim]`` and ``[m, dim]``: ``[n, m]`` float32 in [-1, 1]; higher is more alike."""
+        first, second = (np.atleast_2d(np.asarray(x, dtype=np.float32)) for x in (a, b))
+        if first.shape[1] != second.shape[1]:
+            raise InvalidInputError(f"Vectors of size {first.shape[1]} and {second.shape[1]} can't be compared.")
+        first, second = (x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12) for x in (first, second))
+        return np.asarray(np.clip(first @ second.T, -1.0, 1.0), dtype=np.float32)
+
+    # ------------------------------------------------------------------ fitting and files
+
+    def fit(
+        self, texts: Sequence[str], *, method: Method = "whiten", dimension: int | None = None, power: float = 1.0,
+        prompt_name: str | None = None, progress: bool | None = None,
+    ) -> Self:  # fmt: skip
+        """Fit post-processing on texts like those to be embedded; no labels are needed. Replaces what was fitted.
+
+        Args:
+            texts: some hundreds at least, and more than ``dimension``.
+            method: ``center``, ``standardize``, ``whiten`` or ``project``.
+            dimension: for ``whiten`` and ``project``, sizes kept.
+            power: for ``whiten``, how far variances are evened out, 0 to 1.
+            prompt_name: as in :meth:`encode`.
+            progress: as in :meth:`encode`.
+
+        Raises:
+            InvalidInputError: too few texts.
+        """
+        self.postprocess = None
+        vectors = self.encode(list(texts), prompt_name=prompt_name, progress=progress)
+        self.postprocess = PostProcessor.fit(vectors, method, dimension, power=power)
+        return self
+
+    def save(self, folder: str | Path) -> None:
+        """Write spec, prompts and what was fitted to a folder: JSON and safetensors, bound to the model."""
+        target = Path(folder)
+        if self.postprocess is not None:
+            self.postprocess.save(target / _POSTPROCESS, {"fingerprint": self.engine.info.fingerprint})
+        if self.frequencies is not None:
+            self.frequencies.save(target / _FREQUENCIES)
+        saved = _Saved(
+            model=self.engine.info.name,
+            fingerprint=self.engine.info.fingerprint,
+            spec=self.spec,
+            prompts=self.prompts,
+            truncate=self.truncate,
+            postprocess=self.postprocess is not None,
+            frequencies=self.frequencies is not None,
+        )
+        write_json(target / _CONFIG, _KIND, saved.model_dump(mode="json"))
+
+    @classmethod
+    def load(cls, folder: str | Path, engine: Engine) -> Self:
+        """Read what :meth:`save` wrote.
+
+        Raises:
+            ModelMismatchError: it was fitted on another model; both are named.
+            FileFormatError: a file is missing, torn, changed or of a newer format.
+        """
+        source = Path(folder)
+        try:
+            saved = _Saved.model_validate(read_json(source / _CONFIG, _KIND))
+        except (ValidationError, SpecError) as error:
+            raise FileFormatError(f"{source / _CONFIG} is not whole: {error}") from error
+        engine.info.require(saved.fingerprint, f"The embedder in {source}", saved.model)
+        return cls(
+            engine,
+            saved.spec,
+            prompts=saved.prompts,
+            frequencies=FrequencyTable.load(source / _FREQUENCIES) if saved.frequencies else None,
+            postprocess=PostProcessor.load(source / _POSTPROCESS) if saved.postprocess else None,
+            truncate=saved.truncate,
+        )
+
+    # ------------------------------------------------------------------ parts
+
+    def _prompt(self, name: str | None, prompt: str | None) -> str:
+        if name is None:
+            return prompt or ""
+        if prompt is not None:
+            raise InvalidInputError("Give prompt or prompt_name, not both.")
+        try:
+            return self.prompts[name]
+        except KeyError:
+            known = ", ".join(self.prompts) or "none"
+            raise InvalidInputError(f"No prompt is named {name!r}.", hint=f"This embedder has: {known}.") from None
+
+    def _named(self, name: str, kwargs: dict[str, Any]) -> dict[str, Any]:
+        if kwargs.get("prompt") is None and kwargs.get("prompt_name") is None and name in self.prompts:
+            return {**kwargs, "prompt_name": name}
+        return kwargs
+
+    def _tokenize(self, texts: list[str], before: str, truncate: bool) -> list[list[int]]:
+        for index, text in enumerate(texts):
+            if not isinstance(text, str):
+                raise InvalidInputError(f"Text {index} is {type(text).__name__}, not a text.")
+            if not text:
+                raise EmptyTextError(index)
+        ids = self.engine.tokenize_texts([before + t for t in texts] if before else texts)
+        limit = self.engine.info.context
+        for index, tokens in enumerate(ids):
+            if not tokens:
+                raise EmptyTextError(index)
+            if len(tokens) > limit:
+                if not truncate:
+                    raise TextTooLongError(index, len(tokens), limit)
+                ids[index] = tokens[:limit]
+        return ids

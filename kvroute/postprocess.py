@@ -1,0 +1,182 @@
+"""Post-processing fitted on vectors: mean removal, standardising, whitening, projection to fewer dimensions.
+
+Mean vectors of a language model lie in a narrow cone; removing their mean and evening out their variances makes
+cosines tell texts apart (Mu and Viswanath, All-but-the-Top, ICLR 2018; Su et al., Whitening Sentence Representations,
+arXiv 2103.15316). Nothing here needs labels.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal, Self, get_args
+
+import numpy as np
+
+from kvroute.errors import FileFormatError, InvalidInputError
+from kvroute.files import read_tensors, write_tensors
+
+Method = Literal["center", "standardize", "whiten", "project"]
+Array = np.ndarray[Any, np.dtype[np.float32]]
+
+_KIND = "kvroute.postprocess"
+_LARGEST_FIT = 4096
+"""Vectors a principal-component fit looks at; more are thinned evenly, which keeps it to seconds."""
+
+
+class PostProcessor:
+    """An affine map of vectors: ``(x - mean) * scale``, or ``(x - mean) @ components``.
+
+    Args:
+        method: how it was fitted.
+        mean: ``[dim]``.
+        scale: ``[dim]``, for ``standardize``.
+        components: ``[dim, out]``, for ``whiten`` and ``project``.
+        fitted_on: vectors it was fitted on.
+    """
+
+    def __init__(
+        self,
+        method: Method,
+        mean: np.ndarray[Any, Any],
+        *,
+        scale: np.ndarray[Any, Any] | None = None,
+        components: np.ndarray[Any, Any] | None = None,
+        fitted_on: int = 0,
+    ) -> None:
+        self.method: Method = method
+        self.mean = np.asarray(mean, dtype=np.float32)
+        self.scale = None if scale is None else np.asarray(scale, dtype=np.float32)
+        self.components = None if components is None else np.asarray(components, dtype=np.float32)
+        self.fitted_on = fitted_on
+
+    def __repr__(self) -> str:
+        return f"PostProcessor({self.method!r}, {self.input_dimension} -> {self.dimension})"
+
+    @property
+    def input_dimension(self) -> int:
+        """Size of the vectors it takes."""
+        return len(self.mean)
+
+    @property
+    def dimension(self) -> int:
+        """Size of the vectors it gives."""
+        return self.input_dimension if self.components is None else int(self.components.shape[1])
+
+    @classmethod
+    def fit(
+        cls,
+        vectors: np.ndarray[Any, Any],
+        method: Method = "whiten",
+        dimension: int | None = None,
+        *,
+        power: float = 1.0,
+    ) -> Self:
+        """Fit on vectors of texts like those it is for.
+
+        Args:
+            vectors: ``[n, dim]``, finite.
+            method: ``center`` removes the mean; ``standardize`` also divides by the standard deviation of each
+                dimension; ``project`` rotates to the principal components and keeps the first ``dimension``;
+                ``whiten`` also divides them by their standard deviation.
+            dimension: sizes kept by ``whiten`` and ``project``; by default as many as the vectors allow, at most 256.
+            power: for ``whiten``, how far variances are evened out: 1 wholly, 0 is ``project``.
+
+        Raises:
+            InvalidInputError: too few vectors for the dimension, not finite, or an unknown method.
+        """
+        x = np.asarray(vectors)
+        if method not in get_args(Method):
+            raise InvalidInputError(
+                f"No method is named {method!r}.", hint=f"There are: {', '.join(get_args(Method))}."
+            )
+        if x.ndim != 2 or len(x) < 2:
+            raise InvalidInputError(f"Post-processing is fitted on at least 2 vectors, not on {list(x.shape)}.")
+        if not np.isfinite(x).all():
+            raise InvalidInputError("The vectors hold NaN or infinity.")
+        count = len(x)
+        if method in ("center", "standardize"):
+            if dimension is not None:
+                raise InvalidInputError(f"{method} keeps the dimension.", hint="Use whiten or project to change it.")
+            mean = x.mean(axis=0, dtype=np.float64)
+            if method == "center":
+                return cls(method, mean, fitted_on=count)
+            deviation = x.std(axis=0, dtype=np.float64)
+            return cls(
+                method, mean, scale=1 / np.maximum(deviation, 1e-6 * max(deviation.max(), 1e-30)), fitted_on=count
+            )
+        if len(x) > _LARGEST_FIT:
+            x = x[np.linspace(0, len(x) - 1, _LARGEST_FIT).astype(int)]
+        mean = x.mean(axis=0, dtype=np.float64)
+        axes, variances = _principal_components(x.astype(np.float64) - mean)
+        wanted = min(256, len(variances)) if dimension is None else dimension
+        if not 1 <= wanted <= len(variances):
+            raise InvalidInputError(
+                f"{count} vectors of size {x.shape[1]} have {len(variances)} directions that vary, and {wanted} were "
+                "asked for.",
+                hint=f"Fit on more than {wanted} texts, or ask for at most {len(variances)} dimensions.",
+            )
+        axes, variances = axes[:, :wanted], variances[:wanted]
+        if method == "whiten":
+            axes = axes * (variances ** (-power / 2))
+        return cls(method, mean, components=axes, fitted_on=count)
+
+    def transform(self, vectors: np.ndarray[Any, Any]) -> Array:
+        """``[n, input_dimension]`` -> ``[n, dimension]`` float32.
+
+        Raises:
+            InvalidInputError: vectors of another size.
+        """
+        x = np.asarray(vectors, dtype=np.float32)
+        if x.ndim != 2 or x.shape[1] != self.input_dimension:
+            raise InvalidInputError(
+                f"The post-processing takes vectors of size {self.input_dimension}, not {list(x.shape)}.",
+                hint="It was fitted with another pooling spec.",
+            )
+        x = x - self.mean
+        if self.scale is not None:
+            x = x * self.scale
+        return x if self.components is None else x @ self.components
+
+    def save(self, path: str | Path, meta: dict[str, Any] | None = None) -> None:
+        """Write to a safetensors file, with ``meta`` beside the tensors."""
+        tensors = {"mean": self.mean, "scale": self.scale, "components": self.components}
+        facts = {**(meta or {}), "method": self.method, "fitted_on": self.fitted_on}
+        write_tensors(path, _KIND, {k: v for k, v in tensors.items() if v is not None}, facts)
+
+    @classmethod
+    def load(cls, path: str | Path) -> Self:
+        """Read what :meth:`save` wrote.
+
+        Raises:
+            FileFormatError: torn, changed, another kind of file, or of a newer format.
+        """
+        tensors, meta = read_tensors(path, _KIND)
+        try:
+            return cls(
+                meta["method"],
+                tensors["mean"],
+                scale=tensors.get("scale"),
+                components=tensors.get("components"),
+                fitted_on=int(meta["fitted_on"]),
+            )
+        except (KeyError, TypeError, ValueError) as error:
+            raise FileFormatError(f"{path} is not whole: {error}") from error
+
+
+def _principal_components(x: np.ndarray[Any, Any]) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+    """Axes ``[dim, k]`` and variances ``[k]``, largest first, of centred ``x [n, dim]``; k directions that vary.
+
+    Works on the smaller of the two Gram matrices, since vectors are often longer than texts are many.
+    """
+    n, dim = x.shape
+    if n <= dim:
+        values, vectors = np.linalg.eigh(x @ x.T)
+    else:
+        values, vectors = np.linalg.eigh(x.T @ x)
+    order = np.argsort(values)[::-1]
+    values, vectors = values[order], vectors[:, order]
+    keep = values > max(values[0], 0.0) * 1e-10
+    values, vectors = values[keep], vectors[:, keep]
+    axes = x.T @ vectors / np.sqrt(values) if n <= dim else vectors
+    signs = np.sign(axes[np.abs(axes).argmax(axis=0), np.arange(axes.shape[1])])  # eigh leaves them open
+    return axes * signs, values / max(n - 1, 1)
