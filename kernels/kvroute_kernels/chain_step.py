@@ -16,7 +16,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kvroute_kernels.view import KVView
+from kvroute_kernels.ordered_sum import ordered_sum
+from kvroute_kernels.view import KVView, KVViewError
 
 
 @dataclass(slots=True)
@@ -59,14 +60,20 @@ def token_vectors(view: KVView, sequence: int, start: int, stop: int, layers: Se
     """
     chosen = list(view.layers if layers is None else layers)
     accumulate = torch.float64 if view.dtype == torch.float64 else torch.float32
-    total: list[Tensor | None] = [None, None]
-    for group, places, _ in view.split_layers(chosen):
-        whole = places == list(range(len(group.layers)))
+    split = view.split_layers(chosen)
+    stacked: list[Tensor] = []
+    for group, places, ranks in split:
         for i, piece in enumerate(view.token_slices(group, sequence, start, stop)):
-            summed = (piece if whole else piece[places]).sum(dim=0, dtype=accumulate)
-            previous = total[i]
-            total[i] = summed if previous is None else previous + summed
-    parts = [t.transpose(0, 1).flatten(1) / len(chosen) for t in total if t is not None]
+            rows = piece if places == list(range(len(group.layers))) else piece[places]
+            if len(split) == 1:  # ranks count up from 0
+                stacked.append(rows)
+                continue
+            if len(stacked) <= i:
+                stacked.append(rows.new_empty(len(chosen), *rows.shape[1:]))
+            if rows.shape[1:] != stacked[i].shape[1:]:
+                raise KVViewError(f"Layers {chosen} differ in heads or head size: a chain needs layers that are alike.")
+            stacked[i][ranks] = rows
+    parts = [ordered_sum(x, 0, accumulate).transpose(0, 1).flatten(1) / len(chosen) for x in stacked]
     return torch.cat(parts, dim=1)
 
 

@@ -2,8 +2,8 @@
 
 Maths: ``S[b, l, h, :] = sum_{t = start_b}^{stop_b - 1} w_{b,t} X[l, b, h, t, :]`` for X = keys and
 values, w = 1 unless given. Sums are taken in float32 (float64 for a float64 cache) whatever the
-cache's dtype. A sequence's sum depends on its own tokens alone: padding is never read, and the
-result has the same bits in every batch.
+cache's dtype, in an order that the number of tokens alone decides. A sequence's sum depends on its own
+tokens alone: padding is never read, and the result has the same bits in every batch and every layout.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from kvroute_kernels.ordered_sum import ordered_sum
 from kvroute_kernels.view import KVView, KVViewError
 
 
@@ -99,8 +100,8 @@ def paged_pool(
 def _sum_tokens(rows: Tensor, weights: Tensor | None, dtype: torch.dtype) -> Tensor:
     """``[G, H, n, D]`` -> ``[G, H, D]``, accumulated in ``dtype``."""
     if weights is None:
-        return rows.sum(dim=2, dtype=dtype)
+        return ordered_sum(rows, 2, dtype)
     if weights.shape != (rows.shape[2],):
         raise KVViewError(f"{list(weights.shape)} weights for {rows.shape[2]} tokens.")
     scaled = rows.to(dtype) * weights.to(dtype=dtype, device=rows.device)[:, None]
-    return scaled.sum(dim=2)
+    return ordered_sum(scaled, 2, dtype)

@@ -176,7 +176,16 @@ class KVView:
         batch = int(layer_keys[0].shape[0])
         if length.shape != (batch,):
             raise KVViewError(f"{list(length.shape)} lengths for {batch} sequences.")
-        total = max(int(k.shape[2]) for k in layer_keys) if total is None else total
+        for index, (k, v) in enumerate(zip(layer_keys, layer_values, strict=True)):
+            if k.ndim != 4 or v.ndim != 4 or k.shape[:3] != v.shape[:3] or k.shape[0] != batch:
+                raise KVViewError(
+                    f"Layer {index}: keys [B, H, T, D] and values [B, H, T, Dv] of {batch} sequences expected, not "
+                    f"{list(k.shape)} and {list(v.shape)}."
+                )
+        longest = max(int(k.shape[2]) for k in layer_keys)
+        total = longest if total is None else total
+        if total < longest:
+            raise KVViewError(f"A layer holds {longest} tokens, more than the {total} said to be computed.")
         if bool((length > total).any()) or bool((length < 0).any()):
             raise KVViewError(f"A length is negative or above the {total} tokens in the cache.")
         pages = torch.arange(batch, device=device)[:, None]
@@ -228,9 +237,16 @@ class KVView:
             raise KVViewError(f"{len(windows)} windows for {len(layer_keys)} layers.")
         device = layer_keys[0].device
         length = torch.as_tensor(lengths, dtype=torch.int64, device=device)
+        if length.ndim != 1 or pages.ndim != 2 or pages.shape[0] != length.shape[0]:
+            raise KVViewError(f"pages must be [B, M] for {length.numel()} sequences, not {list(pages.shape)}.")
+        if {(k.ndim, k.shape[0], k.shape[2]) for k in layer_keys} != {(4, *layer_keys[0].shape[0:3:2])}:
+            raise KVViewError(
+                f"Layers that share a page table share the number and the size of their pages: "
+                f"{sorted({tuple(k.shape) for k in layer_keys})}."
+            )
         page_size = int(layer_keys[0].shape[2])
-        if bool((length > pages.shape[1] * page_size).any()):
-            raise KVViewError("A sequence is longer than its pages.")
+        if bool((length > pages.shape[1] * page_size).any()) or bool((length < 0).any()):
+            raise KVViewError("A length is negative, or a sequence is longer than its pages.")
         if bool((pages >= layer_keys[0].shape[0]).any()):
             raise KVViewError("The page table names a page that does not exist.")
         zeros = torch.zeros_like(length)
@@ -309,15 +325,19 @@ class KVView:
         length = self.host_lengths[sequence]
         if not 0 <= start <= stop <= length:
             raise KVViewError(f"Tokens {start}..{stop} were asked of sequence {sequence}, which has {length}.")
+        if start == stop:
+            return tuple(  # type: ignore[return-value]
+                part.new_empty(part.shape[0], part.shape[2], 0, part.shape[4]) for part in (group.keys, group.values)
+            )
         table, size = group.table, group.page_size
         held = int(table.first[sequence])
-        if start < held and start < stop:
+        if start < held:
             raise WindowError(group.layers[0], sequence, start, held)
         offset = int(table.offset[sequence])
         low, high = start + offset, stop + offset
-        if low // size == max(high - 1, low) // size:
-            page = int(table.pages[sequence, min(low // size, table.pages.shape[1] - 1)])
-            if page < 0 and start < stop:
+        if low // size == (high - 1) // size:
+            page = int(table.pages[sequence, low // size])
+            if page < 0:
                 raise KVViewError(f"The page of token {start} of sequence {sequence} is absent.")
             row = low - (low // size) * size
             rows = slice(row, row + stop - start)
