@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping, Sequence
+import hashlib
+import json
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self, overload
 
@@ -128,8 +130,7 @@ class KVEmbedder:
             prompt_name: which of :attr:`prompts` to put before each.
             prompt: a text to put before each, instead.
             truncate: whether a text past the context is cut; by default as the embedder was made.
-            normalize: whether vectors get unit length at the end; by default they stay as the spec (and the
-                post-processing) gives them.
+            normalize: whether vectors get unit length at the end; by default as the spec says.
             convert_to: ``numpy`` or ``torch``.
             progress: whether to show a bar; by default on a terminal.
 
@@ -142,16 +143,14 @@ class KVEmbedder:
             TextTooLongError: a text past the context, naming index and length, unless it is truncated.
             InvalidInputError: not a text, or one that can't be tokenized, naming its index.
         """
-        single = isinstance(texts, str)
-        listed = [texts] if isinstance(texts, str) else list(texts)
-        before = self._prompt(prompt_name, prompt)
-        ids = self._tokenize(listed, before, self.truncate if truncate is None else truncate)
-        vectors = self.engine.pool(ids, [self.spec], sif_weights=self._weights, progress=progress)[0]
+        if convert_to not in ("numpy", "torch"):
+            raise InvalidInputError(f"convert_to is 'numpy' or 'torch', not {convert_to!r}.")
+        vectors = self._pooled(_as_texts(texts), prompt_name, prompt, truncate, progress)
         if self.postprocess is not None:
             vectors = self.postprocess.transform(vectors)
-        if normalize:
-            vectors = vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
-        found = vectors[0] if single else vectors
+        if self.spec.normalize if normalize is None else normalize:
+            vectors = _unit(vectors)
+        found = vectors[0] if isinstance(texts, str) else vectors
         if convert_to == "torch":
             import torch
 
@@ -183,14 +182,13 @@ class KVEmbedder:
         first, second = (np.atleast_2d(np.asarray(x, dtype=np.float32)) for x in (a, b))
         if first.shape[1] != second.shape[1]:
             raise InvalidInputError(f"Vectors of size {first.shape[1]} and {second.shape[1]} can't be compared.")
-        first, second = (x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12) for x in (first, second))
-        return np.asarray(np.clip(first @ second.T, -1.0, 1.0), dtype=np.float32)
+        return np.asarray(np.clip(_unit(first) @ _unit(second).T, -1.0, 1.0), dtype=np.float32)
 
     # ------------------------------------------------------------------ fitting and files
 
     def fit(
         self, texts: Sequence[str], *, method: Method = "whiten", dimension: int | None = None, power: float = 1.0,
-        prompt_name: str | None = None, progress: bool | None = None,
+        prompt_name: str | None = None, truncate: bool | None = None, progress: bool | None = None,
     ) -> Self:  # fmt: skip
         """Fit post-processing on texts like those to be embedded; no labels are needed. Replaces what was fitted.
 
@@ -199,22 +197,24 @@ class KVEmbedder:
             method: ``center``, ``standardize``, ``whiten`` or ``project``.
             dimension: for ``whiten`` and ``project``, sizes kept.
             power: for ``whiten``, how far variances are evened out, 0 to 1.
-            prompt_name: as in :meth:`encode`.
-            progress: as in :meth:`encode`.
+            prompt_name, truncate, progress: as in :meth:`encode`.
 
         Raises:
-            InvalidInputError: too few texts.
+            InvalidInputError: too few texts, or one that can't be embedded. What was fitted before stays.
         """
-        self.postprocess = None
-        vectors = self.encode(list(texts), prompt_name=prompt_name, progress=progress)
-        self.postprocess = PostProcessor.fit(vectors, method, dimension, power=power)
+        listed = _as_texts(texts)
+        vectors = self._pooled(listed, prompt_name, None, truncate, progress)
+        fitted = PostProcessor.fit(vectors, method, dimension, power=power)
+        digest = hashlib.sha256(json.dumps(listed).encode()).hexdigest()[:16]
+        fitted.facts = {**self._bound_to(), "texts": len(listed), "texts_digest": digest}
+        self.postprocess = fitted
         return self
 
     def save(self, folder: str | Path) -> None:
         """Write spec, prompts and what was fitted to a folder: JSON and safetensors, bound to the model."""
         target = Path(folder)
         if self.postprocess is not None:
-            self.postprocess.save(target / _POSTPROCESS, {"fingerprint": self.engine.info.fingerprint})
+            self.postprocess.save(target / _POSTPROCESS, self._bound_to())
         if self.frequencies is not None:
             self.frequencies.save(target / _FREQUENCIES)
         saved = _Saved(
@@ -242,16 +242,35 @@ class KVEmbedder:
         except (ValidationError, SpecError) as error:
             raise FileFormatError(f"{source / _CONFIG} is not whole: {error}") from error
         engine.info.require(saved.fingerprint, f"The embedder in {source}", saved.model)
-        return cls(
+        embedder = cls(
             engine,
             saved.spec,
             prompts=saved.prompts,
             frequencies=FrequencyTable.load(source / _FREQUENCIES) if saved.frequencies else None,
-            postprocess=PostProcessor.load(source / _POSTPROCESS) if saved.postprocess else None,
             truncate=saved.truncate,
         )
+        if saved.postprocess:
+            fitted = PostProcessor.load(source / _POSTPROCESS)
+            if any(fitted.facts.get(name) != fact for name, fact in embedder._bound_to().items()):
+                raise FileFormatError(
+                    f"{source / _POSTPROCESS} was not saved with {source / _CONFIG}: its model or its spec is another.",
+                    hint="Save the embedder anew; its files belong together.",
+                )
+            embedder.postprocess = fitted
+        return embedder
 
     # ------------------------------------------------------------------ parts
+
+    def _bound_to(self) -> dict[str, Any]:
+        return {"fingerprint": self.engine.info.fingerprint, "spec": self.spec.model_dump(mode="json")}
+
+    def _pooled(
+        self, texts: list[str], prompt_name: str | None, prompt: str | None, truncate: bool | None,
+        progress: bool | None,
+    ) -> Vectors:  # fmt: skip
+        before = self._prompt(prompt_name, prompt)
+        ids = self._tokenize(texts, before, self.truncate if truncate is None else truncate)
+        return self.engine.pool(ids, [self.spec], sif_weights=self._weights, progress=progress)[0]
 
     def _prompt(self, name: str | None, prompt: str | None) -> str:
         if name is None:
@@ -271,8 +290,6 @@ class KVEmbedder:
 
     def _tokenize(self, texts: list[str], before: str, truncate: bool) -> list[list[int]]:
         for index, text in enumerate(texts):
-            if not isinstance(text, str):
-                raise InvalidInputError(f"Text {index} is {type(text).__name__}, not a text.")
             if not text:
                 raise EmptyTextError(index)
         ids = self.engine.tokenize_texts([before + t for t in texts] if before else texts)
@@ -285,3 +302,19 @@ class KVEmbedder:
                     raise TextTooLongError(index, len(tokens), limit)
                 ids[index] = tokens[:limit]
         return ids
+
+
+def _as_texts(texts: object) -> list[str]:
+    if isinstance(texts, str):
+        return [texts]
+    if not isinstance(texts, Iterable):
+        raise InvalidInputError(f"Give a text or a list of texts, not {type(texts).__name__}.")
+    listed = list(texts)
+    for index, text in enumerate(listed):
+        if not isinstance(text, str):
+            raise InvalidInputError(f"Text {index} is {type(text).__name__}, not a text.")
+    return listed
+
+
+def _unit(vectors: Vectors) -> Vectors:
+    return np.asarray(vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12), dtype=np.float32)

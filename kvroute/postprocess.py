@@ -7,6 +7,7 @@ arXiv 2103.15316). Nothing here needs labels.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, Self, get_args
 
@@ -31,7 +32,11 @@ class PostProcessor:
         mean: ``[dim]``.
         scale: ``[dim]``, for ``standardize``.
         components: ``[dim, out]``, for ``whiten`` and ``project``.
-        fitted_on: vectors it was fitted on.
+        fitted_on: how many vectors it was fitted on.
+        facts: what else is saved with it: the model, the spec and a digest of the texts, where they are known.
+
+    Raises:
+        InvalidInputError: parts of different sizes.
     """
 
     def __init__(
@@ -42,12 +47,18 @@ class PostProcessor:
         scale: np.ndarray[Any, Any] | None = None,
         components: np.ndarray[Any, Any] | None = None,
         fitted_on: int = 0,
+        facts: Mapping[str, Any] | None = None,
     ) -> None:
         self.method: Method = method
         self.mean = np.asarray(mean, dtype=np.float32)
         self.scale = None if scale is None else np.asarray(scale, dtype=np.float32)
         self.components = None if components is None else np.asarray(components, dtype=np.float32)
+        if method not in get_args(Method) or any(
+            part is not None and len(part) != len(self.mean) for part in (self.scale, self.components)
+        ):
+            raise InvalidInputError("The parts of the post-processing don't fit together.")
         self.fitted_on = fitted_on
+        self.facts = dict(facts or {})
 
     def __repr__(self) -> str:
         return f"PostProcessor({self.method!r}, {self.input_dimension} -> {self.dimension})"
@@ -137,11 +148,11 @@ class PostProcessor:
             x = x * self.scale
         return x if self.components is None else x @ self.components
 
-    def save(self, path: str | Path, meta: dict[str, Any] | None = None) -> None:
-        """Write to a safetensors file, with ``meta`` beside the tensors."""
+    def save(self, path: str | Path, facts: Mapping[str, Any] | None = None) -> None:
+        """Write to a safetensors file, with ``facts`` added to its own."""
         tensors = {"mean": self.mean, "scale": self.scale, "components": self.components}
-        facts = {**(meta or {}), "method": self.method, "fitted_on": self.fitted_on}
-        write_tensors(path, _KIND, {k: v for k, v in tensors.items() if v is not None}, facts)
+        meta = {"method": self.method, "fitted_on": self.fitted_on, "facts": {**self.facts, **(facts or {})}}
+        write_tensors(path, _KIND, {k: v for k, v in tensors.items() if v is not None}, meta)
 
     @classmethod
     def load(cls, path: str | Path) -> Self:
@@ -152,15 +163,17 @@ class PostProcessor:
         """
         tensors, meta = read_tensors(path, _KIND)
         try:
-            return cls(
+            found = cls(
                 meta["method"],
                 tensors["mean"],
                 scale=tensors.get("scale"),
                 components=tensors.get("components"),
                 fitted_on=int(meta["fitted_on"]),
+                facts=meta["facts"],
             )
         except (KeyError, TypeError, ValueError) as error:
             raise FileFormatError(f"{path} is not whole: {error}") from error
+        return found
 
 
 def _principal_components(x: np.ndarray[Any, Any]) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
