@@ -65,33 +65,21 @@ class Candidate:
 
 
 def kv_candidates(num_layers: int, *, prompted: bool = False) -> list[Candidate]:
-    half, quarter, third = num_layers // 2, num_layers // 4, num_layers // 3
-    ranges = {
-        tuple(range(num_layers)),
-        tuple(range(half)),
-        tuple(range(quarter)),
-        tuple(range(quarter + 1)),
-        tuple(range(third)),
-        tuple(range(quarter, half)),
-        tuple(range(third, half)),
-        tuple(range(half, num_layers)),
-        tuple(range(num_layers - 4, num_layers)),
-        tuple(range(half, half + quarter)),
-        tuple(range(half + quarter, num_layers)),
-        (half - 1,),
-        tuple(range(half - 4, half)),
-        tuple(range(1, half)),
-        tuple(range(num_layers - 10, num_layers - 4)),
-    }
+    """Ranges of layers from a coarse grid, values alone or with keys; keys alone only at a few depths."""
+    bounds = sorted({round(num_layers * f) for f in (0, 1 / 8, 1 / 4, 3 / 8, 1 / 2, 3 / 4, 1)} | {num_layers - 4})
+    ranges = [tuple(range(low, high)) for low in bounds for high in bounds if low < high]
     weights = ("last",) if prompted else WEIGHTS
-    return [
-        Candidate("kv", layers, part, w, True, reduce)
-        for layers in sorted(ranges)
-        for part in ("v", "kv", "k")
-        for w in weights
-        for reduce in ("concat", "mean")
-        if not (len(layers) == 1 and reduce == "mean")
-    ]
+    out = []
+    for layers in ranges:
+        for part in ("v", "kv", "k"):
+            if part == "k" and layers[0] != 0:
+                continue
+            for w in weights:
+                if part != "v" and w == "position":
+                    continue
+                for reduce in ("concat", "mean"):
+                    out.append(Candidate("kv", layers, part, w, True, reduce))
+    return out
 
 
 def hidden_candidates(num_layers: int, *, prompted: bool = False) -> list[Candidate]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import threading
 import warnings
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import suppress
@@ -13,16 +12,18 @@ from typing import Any, Literal, Self, overload
 
 import numpy as np
 import torch
-from torch import Tensor
 from kvroute_kernels import KVView
+from torch import Tensor
 
 from kvroute.engines.base import Vectors
 from kvroute.engines.batching import plan_batches
 from kvroute.engines.decoding import DecodeSession, Prefix
 from kvroute.engines.loading import describe, load_model
+from kvroute.engines.memory import is_out_of_memory
+from kvroute.engines.prompts import PromptTokenizer
 from kvroute.engines.slab import SlabCache, StopForwardError
+from kvroute.engines.threads import in_thread
 from kvroute.errors import (
-    ChatTemplateError,
     EmptyTextError,
     InvalidInputError,
     OutOfMemoryError,
@@ -75,9 +76,9 @@ class TransformersEngine:
             )
         self.model = model
         self._tokenizer = tokenizer
-        self._tokenizer_lock = threading.Lock()  # fast tokenizers keep settings that threads would fight over
         self.token_budget = token_budget or (_BUDGET_CPU if model.device.type == "cpu" else _BUDGET_GPU)
         self._info = describe(model, name=name, revision=revision)
+        self._prompts = PromptTokenizer(tokenizer, self._info.name)
         self._sif: dict[float, Tensor] = {}
 
     @classmethod
@@ -139,56 +140,15 @@ class TransformersEngine:
             ChatTemplateError: messages, and no chat template (or it refuses them).
             InvalidInputError: the text can't be tokenized (a lone surrogate, say).
         """
-        if isinstance(prompt, str):
-            return self.tokenize_texts([prompt])[0]
-        with self._tokenizer_lock:
-            return list(self._tokenizer(self.render(prompt), add_special_tokens=False)["input_ids"])
+        return self._prompts.tokenize(prompt)
 
     def tokenize_texts(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of plain texts, in one call of the tokenizer.
 
         Raises:
-            InvalidInputError: a text can't be tokenized (a lone surrogate, say), naming its index.
+            InvalidInputError: a text can't be tokenized, naming its index.
         """
-        for index, text in enumerate(texts):
-            try:
-                text.encode()
-            except UnicodeEncodeError as error:
-                raise InvalidInputError(
-                    f"Text {index} can't be tokenized: {error.reason} at character {error.start}.",
-                    hint="Clean it first, e.g. with text.encode('utf-8', 'replace').decode().",
-                ) from error
-        if not texts:
-            return []
-        with self._tokenizer_lock:
-            return [list(ids) for ids in self._tokenizer(list(texts))["input_ids"]]
-
-    def render(self, messages: Sequence[Message], *, open_turn: bool = True) -> str:
-        """The text of a chat by the tokenizer's chat template.
-
-        Args:
-            messages: e.g. ``[{"role": "user", "content": "Hello"}]``.
-            open_turn: whether the model's turn is opened at the end.
-
-        Raises:
-            ChatTemplateError: no template, or it refuses the messages.
-        """
-        if not getattr(self._tokenizer, "chat_template", None):
-            raise ChatTemplateError(
-                f"The tokenizer of {self._info.name} has no chat template, so messages can't be written out.",
-                hint="Pass a plain text, or set tokenizer.chat_template.",
-            )
-        try:
-            return str(
-                self._tokenizer.apply_chat_template(
-                    [dict(m) for m in messages], tokenize=False, add_generation_prompt=open_turn
-                )
-            )
-        except Exception as error:
-            raise ChatTemplateError(
-                f"The chat template refused the messages: {error}",
-                hint="A message is {'role': ..., 'content': ...} with a role the template knows.",
-            ) from error
+        return self._prompts.tokenize_texts(texts)
 
     def check_lengths(self, token_ids: Sequence[Sequence[int]], limit: int | None = None) -> None:
         """Refuse texts that are empty or don't fit.
@@ -243,7 +203,7 @@ class TransformersEngine:
                 try:
                     view = self._prefill_batch([token_ids[i] for i in batch], keep, padding)
                 except (RuntimeError, MemoryError) as error:
-                    if not _is_out_of_memory(error):
+                    if not is_out_of_memory(error):
                         raise
                     if len(batch) == 1:
                         raise OutOfMemoryError(
@@ -356,12 +316,7 @@ class TransformersEngine:
         Raises:
             UnsupportedModelError: the model has layers with a recurrent state.
         """
-        text = prompt if isinstance(prompt, str) else self.render(prompt, open_turn=False)
-        ids = (
-            self.tokenize(text)
-            if isinstance(prompt, str)
-            else list(self._tokenizer(text, add_special_tokens=False)["input_ids"])
-        )
+        ids = self._prompts.tokenize(prompt, open_turn=False)
         self.check_lengths([ids])
         with torch.inference_mode():
             cache = SlabCache(self.model.config, capacity=len(ids))
@@ -481,32 +436,8 @@ class TransformersEngine:
     async def astream(self, prompts: Any, **kwargs: Any) -> AsyncIterator[GenerationChunk]:
         """:meth:`stream` in a thread. Leaving the loop or cancelling the task ends the work."""
         cancel = kwargs.pop("cancel", None) or CancelToken()
-        chunks = self.stream(prompts, cancel=cancel, **kwargs)
-        loop = asyncio.get_running_loop()
-        pieces: asyncio.Queue[GenerationChunk | BaseException | None] = asyncio.Queue()
-
-        def work() -> None:
-            last: BaseException | None = None
-            try:
-                for chunk in chunks:
-                    loop.call_soon_threadsafe(pieces.put_nowait, chunk)
-            except BaseException as error:  # noqa: BLE001 - handed to the reader
-                last = error
-            with suppress(RuntimeError):  # the loop may be gone
-                loop.call_soon_threadsafe(pieces.put_nowait, last)
-
-        thread = threading.Thread(target=work, name="kvroute-stream", daemon=True)
-        thread.start()
-        try:
-            while True:
-                piece = await pieces.get()
-                if piece is None:
-                    return
-                if isinstance(piece, BaseException):
-                    raise piece
-                yield piece
-        finally:
-            cancel.cancel()
+        async for chunk in in_thread(self.stream(prompts, cancel=cancel, **kwargs), cancel):
+            yield chunk
 
     def _plan(
         self, prompts: list[Prompt], features: Features, options: SamplingOptions | None, sampling: dict[str, Any]
@@ -565,7 +496,7 @@ class TransformersEngine:
                 with torch.inference_mode():
                     session.prefill()
             except (RuntimeError, MemoryError) as error:
-                if not _is_out_of_memory(error):
+                if not is_out_of_memory(error):
                     raise
                 if len(batch) == 1:
                     raise OutOfMemoryError(
@@ -588,10 +519,3 @@ class TransformersEngine:
                     done = {r: session.result(r) for r, _, _ in events if session.rows[r].finish}
                     chunks = [GenerationChunk(batch[r], piece, token, done.get(r)) for r, token, piece in events]
             yield from chunks
-
-
-def _is_out_of_memory(error: BaseException) -> bool:
-    if isinstance(error, torch.OutOfMemoryError | MemoryError):
-        return True
-    text = str(error).lower()
-    return "out of memory" in text or "can't allocate memory" in text or "not enough memory" in text
