@@ -1,8 +1,9 @@
-"""Which vectors are best: keys and values against hidden states, at equal dimensions and with equal post-processing.
+"""Which vectors are best: keys and values against hidden states, at equal dimensions, with equal post-processing.
 
-Every candidate is pooled from one pass of the model over each text. Candidates are chosen on dev rows (classification: a
-part of the train rows; STS and retrieval: rows split by a hash of their ids), and what is reported is
-measured on other rows, with 95 % bootstrap intervals. Both sides are chosen in the same way, from the same rows, by the
+Every candidate is pooled from one pass of the model over each text. Candidates are chosen on dev rows
+(classification: a part of the train rows; STS and retrieval: rows split by a hash of their ids), and what is
+reported is measured on other rows, with 95 % bootstrap intervals. Both sides are chosen in the same way, from the
+same rows, by the
 mean over the three groups of tasks.
 
 Vectors are whitened to --dimension sizes by PCA fitted on unlabelled train and dev texts, the same for both sides;
@@ -12,20 +13,19 @@ the second table has raw cosines, with nothing fitted.
 from __future__ import annotations
 
 import argparse
-import platform
 import sys
 import tempfile
 from pathlib import Path
 
 import numpy as np
-
 from _harness import add_common_arguments, finish
-from kvroute import TransformersEngine
-from kvroute.progress import progress_bar
 from quality.candidates import Candidate, hidden_candidates, kv_candidates, paper_candidate
 from quality.data import CLASSIFICATION, Tasks, load, made_up
 from quality.evaluate import Evaluator, Rows
 from quality.extract import extract, store_for
+
+from kvroute import TransformersEngine
+from kvroute.progress import progress_bar
 
 BEFORE, AFTER = 'This sentence: "', '" means in one word: "'
 """The prompt of PromptEOL (arXiv 2307.16645): the last token gathers the meaning."""
@@ -86,9 +86,8 @@ def table(title: str, methods: dict[str, tuple[Candidate, Rows]], picks: list[di
     for label, (candidate, rows) in methods.items():
         low, high = percentiles([rows.average(p) for p in picks])
         values = " | ".join(f"{rows.value(t):.3f}" for t in tasks)
-        lines.append(
-            f"| {label}: {candidate.name} | {candidate.depth} | {values} | {rows.average():.3f} [{low:.3f}, {high:.3f}] |"
-        )
+        mean = f"{rows.average():.3f} [{low:.3f}, {high:.3f}]"
+        lines.append(f"| {label}: {candidate.name} | {candidate.depth} | {values} | {mean} |")
     return "\n".join(lines)
 
 
@@ -131,7 +130,11 @@ def main() -> None:
         sys.exit(f"No data in {arguments.data}: give --data, or --quick for a run on made-up rows.")
     else:
         tasks = load(
-            arguments.data, train=arguments.train, test=arguments.test, pairs=arguments.pairs, documents=arguments.documents
+            arguments.data,
+            train=arguments.train,
+            test=arguments.test,
+            pairs=arguments.pairs,
+            documents=arguments.documents,
         )
         cache = arguments.cache
     bench = Bench(arguments, engine, tasks, cache)

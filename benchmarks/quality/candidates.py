@@ -47,8 +47,9 @@ class Candidate:
         if self.weights == "last":
             x = store.arrays["kv_last" if self.side == "kv" else "hidden_last"]
         else:
-            array = store.arrays["kv" if self.side == "kv" else "hidden"]
-            x = array[:, 0 if self.first else 1, WEIGHTS.index(self.weights)]
+            w = WEIGHTS.index(self.weights)
+            hidden = store.arrays.get("hidden")
+            x = store.arrays["kv"][:, w] if self.side == "kv" else hidden[:, 0 if self.first else 1, w]
         if self.side == "hidden":
             return np.asarray(x[:, self.layers[0]], dtype=np.float32)
         parts = {"k": slice(0, 1), "v": slice(1, 2), "kv": slice(0, 2)}[self.part]

@@ -18,13 +18,14 @@ from kvroute.engines.slab import SlabCache
 from kvroute.progress import progress_bar
 from kvroute.token_weights import FrequencyTable
 
-WEIGHTS = ("mean", "position", "sif")
+WEIGHTS = ("mean", "position", "sif", "sif a=3e-3")
+SIF_A = (1e-3, 3e-3)
 CHUNK = 256
 
 
 class Store:
-    """Arrays by text: ``kv [n, 2 first, W, L, 2, F]``, ``hidden [n, 2 first, W, L + 1, E]`` (the axis ``first``: with
-    and without the first token), and the last token's ``kv_last [n, L, 2, F]``, ``hidden_last [n, L + 1, E]``."""
+    """Arrays by text: ``kv [n, W, L, 2, F]``, ``hidden [n, 2 first, W, L + 1, E]`` (the axis ``first``: with and
+    without the first token), or the last token's ``kv_last [n, L, 2, F]``, ``hidden_last [n, L + 1, E]``."""
 
     def __init__(self, folder: Path, texts: list[str]) -> None:
         self.folder = folder
@@ -54,7 +55,16 @@ def store_for(
     folder: Path, engine: TransformersEngine, texts: list[str], *, limit: int, before: str, after: str, last: bool
 ) -> Store:
     """The store of these texts, in a folder named after everything it depends on."""
-    facts = [engine.info.fingerprint, limit, before, after, last, hashlib.sha256("\0".join(texts).encode()).hexdigest()]
+    weights = [] if last else [_tables(engine).numpy().tobytes().hex()]
+    facts = [
+        engine.info.fingerprint,
+        limit,
+        before,
+        after,
+        last,
+        *weights,
+        hashlib.sha256("\0".join(texts).encode()).hexdigest(),
+    ]
     name = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
     (folder / name).mkdir(parents=True, exist_ok=True)
     return Store(folder / name, texts)
@@ -75,7 +85,7 @@ def extract(
     import time
 
     began = time.perf_counter()
-    table = torch.from_numpy(FrequencyTable.from_vocabulary(engine.tokenizer).weights(1e-3))
+    table = _tables(engine)
     missing = store.missing()
     with progress_bar("Reading chunks", len(missing)) as advance:
         for start in missing:
@@ -84,6 +94,12 @@ def extract(
             _extract_chunk(store, engine, start, table, limit, before, after, last)
             advance(1)
     return True
+
+
+def _tables(engine: TransformersEngine) -> torch.Tensor:
+    """SIF weights of every token for each a, ``[len(SIF_A), vocab]``."""
+    frequencies = FrequencyTable.from_vocabulary(engine.tokenizer)
+    return torch.stack([torch.from_numpy(frequencies.weights(a)) for a in SIF_A])
 
 
 def _extract_chunk(
@@ -123,12 +139,13 @@ def _extract_chunk(
         else:
             places = torch.arange(width)[None]
             real = (places < lengths[:, None]).float()
-            weights = torch.stack([real, real * (places + 1), real * table[rows]], dim=1)  # [B, W, T]
+            sif = [real * t[rows] for t in table]
+            weights = torch.stack([real, real * (places + 1), *sif], dim=1)  # [B, W, T]
             without = weights.clone()
             without[lengths > 1, :, 0] = 0
             both = torch.stack([weights, without], dim=1)  # [B, 2, W, T]
             both = both / both.sum(dim=-1, keepdim=True)
-            found["kv"] = torch.einsum("bfwt,btlpd->bfwlpd", both, kv)
+            found["kv"] = torch.einsum("bwt,btlpd->bwlpd", both[:, 0], kv)
             found["hidden"] = torch.einsum("bfwt,btle->bfwle", both, hidden)
         for name, value in found.items():
             array = value.to(torch.float16).numpy()
