@@ -118,15 +118,19 @@ class PostProcessor:
         if len(x) > _LARGEST_FIT:
             x = x[np.linspace(0, len(x) - 1, _LARGEST_FIT).astype(int)]
         mean = x.mean(axis=0, dtype=np.float64)
-        axes, variances = _principal_components(x.astype(np.float64) - mean)
-        wanted = min(256, len(variances)) if dimension is None else dimension
-        if not 1 <= wanted <= len(variances):
+        centred = x.astype(np.float64) - mean
+        values, vectors = _gram_eigenvectors(centred)
+        wanted = min(256, len(values)) if dimension is None else dimension
+        if not 1 <= wanted <= len(values):
             raise InvalidInputError(
-                f"{count} vectors of size {x.shape[1]} have {len(variances)} directions that vary, and {wanted} were "
+                f"{count} vectors of size {x.shape[1]} have {len(values)} directions that vary, and {wanted} were "
                 "asked for.",
-                hint=f"Fit on more than {wanted} texts, or ask for at most {len(variances)} dimensions.",
+                hint=f"Fit on more than {wanted} texts, or ask for at most {len(values)} dimensions.",
             )
-        axes, variances = axes[:, :wanted], variances[:wanted]
+        values, vectors = values[:wanted], vectors[:, :wanted]
+        axes = vectors if len(x) > x.shape[1] else centred.T @ (vectors / np.sqrt(values))
+        axes = axes * np.sign(axes[np.abs(axes).argmax(axis=0), np.arange(wanted)])  # eigh leaves signs open
+        variances = values / (len(x) - 1)
         if method == "whiten":
             axes = axes * (variances ** (-power / 2))
         return cls(method, mean, components=axes, fitted_on=count)
@@ -176,20 +180,15 @@ class PostProcessor:
         return found
 
 
-def _principal_components(x: np.ndarray[Any, Any]) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
-    """Axes ``[dim, k]`` and variances ``[k]``, largest first, of centred ``x [n, dim]``; k directions that vary.
+def _gram_eigenvectors(x: np.ndarray[Any, Any]) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+    """Eigenvalues ``[k]``, largest first, and eigenvectors of the smaller of the two Gram matrices of ``x [n, dim]``.
 
-    Works on the smaller of the two Gram matrices, since vectors are often longer than texts are many.
+    Vectors are often longer than texts are many: then the vectors are ``[n, k]``, else they are the axes ``[dim, k]``.
+    k counts the directions that vary.
     """
     n, dim = x.shape
-    if n <= dim:
-        values, vectors = np.linalg.eigh(x @ x.T)
-    else:
-        values, vectors = np.linalg.eigh(x.T @ x)
+    values, vectors = np.linalg.eigh(x.T @ x if n > dim else x @ x.T)
     order = np.argsort(values)[::-1]
     values, vectors = values[order], vectors[:, order]
     keep = values > max(values[0], 0.0) * 1e-10
-    values, vectors = values[keep], vectors[:, keep]
-    axes = x.T @ vectors / np.sqrt(values) if n <= dim else vectors
-    signs = np.sign(axes[np.abs(axes).argmax(axis=0), np.arange(axes.shape[1])])  # eigh leaves them open
-    return axes * signs, values / max(n - 1, 1)
+    return values[keep], vectors[:, keep]
