@@ -1,7 +1,8 @@
-"""Plain float64 twins of what kvroute computes, from transformers' own cache. Slow, obvious, and no code of kvroute's."""
+"""Plain float64 twins of what kvroute computes, from transformers' own cache: slow, obvious, independent."""
 
 from __future__ import annotations
 
+import itertools
 import math
 from typing import Any
 
@@ -104,7 +105,12 @@ def layer_chain(cache: list[tuple[Array, Array]], start: int, stop: int, layers:
     chosen = range(len(cache)) if layers is None else layers
     return np.array(
         [
-            np.concatenate([cache[i][0][:, start:stop].mean(axis=1).reshape(-1)] + [cache[i][1][:, start:stop].mean(axis=1).reshape(-1)])
+            np.concatenate(
+                [
+                    cache[i][0][:, start:stop].mean(axis=1).reshape(-1),
+                    cache[i][1][:, start:stop].mean(axis=1).reshape(-1),
+                ]
+            )
             for i in chosen
         ]
     )
@@ -118,8 +124,8 @@ def coe(chain: Array) -> tuple[float, float]:
 
     span = float(np.linalg.norm(chain[-1] - chain[0]))
     turn = angle(chain[-1], chain[0])
-    m = [float(np.linalg.norm(b - a)) / span for a, b in zip(chain, chain[1:], strict=False)]
-    a = [angle(y, x) / turn for x, y in zip(chain, chain[1:], strict=False)]
+    m = [float(np.linalg.norm(b - a)) / span for a, b in itertools.pairwise(chain)]
+    a = [angle(y, x) / turn for x, y in itertools.pairwise(chain)]
     r = float(np.mean(m) - np.mean(a))
     real = np.mean([x * math.cos(y) for x, y in zip(m, a, strict=True)])
     imaginary = np.mean([x * math.sin(y) for x, y in zip(m, a, strict=True)])
