@@ -1,0 +1,65 @@
+"""Generate with both chains and an embedding / without features, and / model.generate: same prompts, greedy."""
+
+from __future__ import annotations
+
+import random
+
+import torch
+
+from _harness import finish, start
+from _texts import text_of
+from kvroute import TransformersEngine
+
+
+def main() -> None:
+    arguments, bench = start("generate_overhead", __doc__)
+    engine = TransformersEngine.from_pretrained(arguments.model, dtype="float32")
+    rng = random.Random(arguments.seed)
+    tokens = 8 if arguments.quick else 64
+    features = ["kv-coe", "prompt:best"]
+    ends = engine.model.generation_config.eos_token_id
+    for count in (1,) if arguments.quick else (1, 4):
+        prompts = [text_of(48, rng) for _ in range(count)]
+        ids = [engine.tokenize(p) for p in prompts]
+        width = max(map(len, ids))
+        padded = torch.tensor([[ends] * (width - len(i)) + i for i in ids])
+        mask = torch.tensor([[0] * (width - len(i)) + [1] * len(i) for i in ids])
+
+        def with_features(prompts: list[str] = prompts) -> object:
+            return engine.generate(prompts, max_tokens=tokens, features=features, progress=False)
+
+        def without(prompts: list[str] = prompts) -> object:
+            return engine.generate(prompts, max_tokens=tokens, progress=False)
+
+        @torch.inference_mode()
+        def stock(padded: torch.Tensor = padded, mask: torch.Tensor = mask) -> torch.Tensor:
+            return engine.model.generate(
+                input_ids=padded, attention_mask=mask, max_new_tokens=tokens, do_sample=False, pad_token_id=ends
+            )
+
+        ours = engine.generate(prompts, max_tokens=tokens, progress=False)
+        theirs = stock()[:, width:].tolist()
+        for mine, row in zip(ours, theirs, strict=True):
+            assert row[: len(mine.token_ids)] == mine.token_ids, "both sides must write the same tokens"
+        bench.ratio(
+            f"generate_ratio_{count}", with_features, without, must="<= 1.02", note=f"batch {count}, same engine"
+        )
+        bench.ratio(
+            f"generate_ratio_stock_{count}",
+            with_features,
+            stock,
+            must="<= 1.02",
+            note=f"batch {count}, / model.generate",
+        )
+    print(bench.table())
+    finish(
+        arguments,
+        name=bench.name,
+        figures=bench.figures,
+        n={"new_tokens": tokens},
+        baseline="the same engine without features; model.generate",
+    )
+
+
+if __name__ == "__main__":
+    main()

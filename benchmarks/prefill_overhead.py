@@ -1,0 +1,71 @@
+"""Prefill with features / prefill alone, both at full depth on the same model, texts of 256 and 1,024 tokens.
+
+The baseline runs the model with the engine's own cache, which is the faster one; the time of transformers' DynamicCache
+is given beside it. Features: the default embedding, every layer's keys and values, both chains.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from _harness import finish, start
+from _texts import token_rows
+from kvroute import ChainSpec, ChainState, PoolingSpec, TransformersEngine, pool
+from kvroute.engines.slab import SlabCache
+from kvroute_kernels import KVView
+
+
+def main() -> None:
+    arguments, bench = start("prefill_overhead", __doc__)
+    engine = TransformersEngine.from_pretrained(arguments.model, dtype="float32")
+    model, layers = engine.model, engine.info.num_layers
+    every = PoolingSpec(layers="all", part="kv", heads="concat", layer_reduce="concat")
+    default = PoolingSpec.preset("best")
+    for length in (64,) if arguments.quick else (256, 1024):
+        ids = torch.tensor(token_rows(1, length, engine.info.vocab_size, arguments.seed))
+        weights = [engine.sif_weights(default.sif_a)[ids[0]]]
+
+        @torch.inference_mode()
+        def prefill(ids: torch.Tensor = ids, length: int = length) -> KVView:
+            cache = SlabCache(model.config, capacity=length)
+            model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+            return cache.view(torch.tensor([length]))
+
+        @torch.inference_mode()
+        def stock(ids: torch.Tensor = ids) -> None:
+            model(input_ids=ids, use_cache=True, logits_to_keep=1)
+
+        def chains(view: KVView, length: int = length) -> None:
+            state = ChainState(1, ChainSpec(), layers)
+            state.update_view(view, [0], [0], [length])
+            state.scores()
+
+        features: dict[str, Callable[[KVView], object]] = {
+            "embedding": lambda view, w=weights: pool(view, default, num_layers=layers, sif_weights=w),  # type: ignore[misc]
+            "all_layers": lambda view: pool(view, every, num_layers=layers),
+            "chains": chains,
+        }
+        for name, feature in features.items():
+
+            def with_feature(feature: Callable[[KVView], object] = feature) -> None:
+                with torch.inference_mode():
+                    feature(prefill())
+
+            bench.ratio(f"prefill_ratio_{name}_{length}", with_feature, prefill, must="<= 1.02")
+        bench.ratio(
+            f"prefill_ratio_stock_{length}",
+            prefill,
+            stock,
+            must="<= 1.02",
+            note="engine's cache / DynamicCache, no feature",
+        )
+    print(bench.table())
+    finish(
+        arguments, name=bench.name, figures=bench.figures, n={"texts": 1}, baseline="the same prefill without features"
+    )
+
+
+if __name__ == "__main__":
+    main()
