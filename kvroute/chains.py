@@ -18,6 +18,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from pydantic import field_validator
+from torch import Tensor
+
+from kvroute.errors import NonFiniteCacheError, SpecError, WindowedLayerError
+from kvroute.pooling import _Spec, check_layers, resolve_layers
+from kvroute.scores import Score
 from kvroute_kernels import (
     ChainTensors,
     KVView,
@@ -28,12 +34,9 @@ from kvroute_kernels import (
     paged_pool,
     token_vectors,
 )
-from pydantic import field_validator
-from torch import Tensor
 
-from kvroute.errors import NonFiniteCacheError, SpecError, WindowedLayerError
-from kvroute.pooling import _Spec, check_layers, resolve_layers
-from kvroute.scores import Score
+_PIECES = 64
+"""Small tensors that CoE-C's floats may lie in before they are joined: a tensor costs more than what is in it."""
 
 
 class ChainSpec(_Spec):
@@ -204,6 +207,9 @@ class ChainState:
             if fault is not None:
                 shift = 0 if position is None else position - start[fault.sequence]
                 raise NonFiniteCacheError(rows[fault.sequence], fault.layer, fault.position + shift, fault.part)
+        size, held = vectors[0].shape[1] if vectors else 0, None if self._token is None else self._token.first.shape[1]
+        if held is not None and size != held:
+            raise SpecError(f"The chain's vectors have {held} numbers, and these tokens make {size}.")
         counts = [int(v.shape[0]) for v in vectors]
         padded = torch.nn.utils.rnn.pad_sequence(vectors, batch_first=True).float()
         device = padded.device
@@ -219,6 +225,8 @@ class ChainState:
             if counts[i] > first:
                 pair = torch.stack([magnitudes[i, first : counts[i]], angles[i, first : counts[i]]])
                 self._steps[row].append(pair.cpu().clone())
+                if len(self._steps[row]) == _PIECES:
+                    self._steps[row] = [torch.cat(self._steps[row], dim=1)]
 
     def token_scores(self, sequence: int = 0) -> ChainScores:
         """Scores of the token-axis chain so far."""

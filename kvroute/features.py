@@ -71,10 +71,11 @@ def plan_features(features: Features) -> FeaturePlan:
             raise SpecError(f"Two features are named {name!r}.", hint="Give them as a dict with names of your own.")
         if isinstance(feature, PoolingSpec):
             pooled[name] = ("prompt", feature)
-        elif isinstance(feature, ChainSpec):
-            chain = feature
-        elif feature == "kv-coe":
-            chain = ChainSpec()
+        elif isinstance(feature, ChainSpec) or feature == "kv-coe":
+            asked = feature if isinstance(feature, ChainSpec) else ChainSpec()
+            if chain is not None and chain != asked:
+                raise SpecError("The chain scores were asked for by two different specs.", hint="Ask for one of them.")
+            chain = asked
         elif feature == "logits":
             logits = True
         elif feature == "length":

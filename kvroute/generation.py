@@ -31,8 +31,8 @@ class SamplingOptions(_Spec):
     top_p: float = Field(default=1.0, gt=0, le=1)
     """Sample from the likeliest tokens that hold this much probability together."""
     seed: int | None = Field(default=None, ge=0, lt=2**63)
-    """Fixes the sampling. Each prompt of a batch has a stream of its own, so its answer does not depend on
-    its neighbours."""
+    """Fixes the sampling. Each prompt has a random stream of its own, made from the seed, its tokens and, where equal
+    prompts are asked together, its place among them: an answer does not depend on other prompts or their order."""
     stop: tuple[str, ...] = ()
     """The answer ends before the first of these texts."""
     repetition_penalty: float | None = Field(default=None, gt=0, allow_inf_nan=False)
@@ -122,10 +122,15 @@ class GenerationChunk:
 
 
 class CancelToken:
-    """Ends a generation from elsewhere: the answers so far come back with ``finish_reason="cancelled"``."""
+    """Ends a generation from elsewhere: the answers so far come back with ``finish_reason="cancelled"``.
 
-    def __init__(self) -> None:
+    Args:
+        parent: a token that cancels this one too, but not the other way round.
+    """
+
+    def __init__(self, parent: CancelToken | None = None) -> None:
         self._event = threading.Event()
+        self._parent = parent
 
     def cancel(self) -> None:
         """End the generation after the token that is being computed."""
@@ -134,7 +139,7 @@ class CancelToken:
     @property
     def cancelled(self) -> bool:
         """Whether it was cancelled."""
-        return self._event.is_set()
+        return self._event.is_set() or (self._parent is not None and self._parent.cancelled)
 
 
 def as_prompts(prompts: Prompt | Sequence[Prompt]) -> tuple[list[Prompt], bool]:

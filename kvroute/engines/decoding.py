@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -10,7 +11,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from kvroute_kernels import KVView
 from torch import Tensor
 
 from kvroute.chains import ChainState
@@ -22,6 +22,7 @@ from kvroute.features import FeaturePlan
 from kvroute.generation import FinishReason, Generation, SamplingOptions, Timings, Usage
 from kvroute.pooling import pool
 from kvroute.scores import Score, family
+from kvroute_kernels import KVView
 
 logger = logging.getLogger(__name__)
 
@@ -263,7 +264,9 @@ class DecodeSession:
                 scores.update({n: Score(None, reason) for n in family("logits")})
             else:
                 means = (row.logit_sums / len(row.tokens)).tolist()
-                scores.update({n: Score(m) for n, m in zip(family("logits"), means, strict=True)})
+                for name, mean in zip(family("logits"), means, strict=True):
+                    finite = math.isfinite(mean)
+                    scores[name] = Score(mean) if finite else Score(None, "the model's logits are not finite")
         if self.plan.length:
             scores["length"] = Score(float(len(row.tokens)))
         return scores
@@ -292,28 +295,29 @@ class DecodeSession:
         """Tokens of an answer but the last sampled one, which belongs to no feature (DESIGN section 3)."""
         return max(len(self.rows[row].tokens) - 1, 0)
 
-    def _guard(self, rows: Sequence[int], names: Sequence[str], work: Callable[[], None]) -> None:
-        """Run feature work: a fault in it is noted and never costs the answer."""
+    def _guard(self, rows: Sequence[int], name: str, work: Callable[[list[int]], None]) -> None:
+        """Run feature work on some rows: a fault is noted and costs neither an answer nor its neighbours' features."""
         began = time.perf_counter()
         try:
-            work()
+            work(list(rows))
         except Exception as error:  # noqa: BLE001 - an answer is worth more than its features
+            if len(rows) > 1:
+                for r in rows:
+                    self._guard([r], name, work)
+                return
             message = str(error) if isinstance(error, KVRouteError) else f"{type(error).__name__}: {error}"
-            logger.warning("Features %s are missing: %s", list(names), message)
-            for r in rows:
-                for name in names:
-                    self.errors[r].setdefault(name, message)
+            logger.warning("The feature %r is missing: %s", name, message)
+            self.errors[rows[0]].setdefault(name, message)
         self.feature_seconds += time.perf_counter() - began
 
     def _prompt_features(self) -> None:
         for name, (of, spec) in self.plan.pooled.items():
             if of == "prompt":
 
-                def work(name: str = name, spec: Any = spec) -> None:
-                    every = list(range(len(self.rows)))
-                    self._pool(name, spec, every, [0] * len(every), [len(r.prompt) for r in self.rows])
+                def work(rows: list[int], name: str = name, spec: Any = spec) -> None:
+                    self._pool(name, spec, rows, [0] * len(rows), [len(self.rows[r].prompt) for r in rows])
 
-                self._guard(range(len(self.rows)), [name], work)
+                self._guard(range(len(self.rows)), name, work)
 
     def _answer_features(self, ended: list[int]) -> None:
         empty = [r for r in ended if self._written(r) == 0]
@@ -325,12 +329,12 @@ class DecodeSession:
                 self.errors[r][name] = "The answer has no token with keys and values."
             if full:
 
-                def work(name: str = name, spec: Any = spec) -> None:
-                    start = [len(self.rows[r].prompt) for r in full]
-                    stop = [s + self._written(r) for s, r in zip(start, full, strict=True)]
-                    self._pool(name, spec, full, start, stop)
+                def work(rows: list[int], name: str = name, spec: Any = spec) -> None:
+                    start = [len(self.rows[r].prompt) for r in rows]
+                    stop = [s + self._written(r) for s, r in zip(start, rows, strict=True)]
+                    self._pool(name, spec, rows, start, stop)
 
-                self._guard(full, [name], work)
+                self._guard(full, name, work)
 
     def _pool(self, name: str, spec: Any, rows: list[int], start: list[int], stop: list[int]) -> None:
         weights = None
@@ -348,25 +352,28 @@ class DecodeSession:
         if chain is None or not due:
             return
 
-        def work() -> None:
-            start = [len(self.rows[r].prompt) + self.rows[r].fed for r in due]
-            stop = [len(self.rows[r].prompt) + self._written(r) for r in due]
-            chain.update_view(self.view(due), due, start, stop)
-            for r, s in zip(due, stop, strict=True):
+        def work(rows: list[int]) -> None:
+            start = [len(self.rows[r].prompt) + self.rows[r].fed for r in rows]
+            stop = [len(self.rows[r].prompt) + self._written(r) for r in rows]
+            chain.update_view(self.view(rows), rows, start, stop)
+            for r, s in zip(rows, stop, strict=True):
                 self.rows[r].fed = s - len(self.rows[r].prompt)
 
-        self._guard(due, ["kv-coe"], work)
+        self._guard(due, "kv-coe", work)
 
     def _note_logits(self, logits: Tensor, tokens: Sequence[int]) -> None:
-        def work() -> None:
-            logprobs = torch.log_softmax(logits, dim=-1)
-            chosen = logprobs.gather(1, torch.tensor(tokens, device=logits.device)[:, None])[:, 0]
-            noted = logit_statistics(logprobs, chosen).double().cpu()
-            for i, r in enumerate(self.active):
-                sums = self.rows[r].logit_sums
-                self.rows[r].logit_sums = noted[i] if sums is None else sums + noted[i]
+        place = {r: i for i, r in enumerate(self.active)}
 
-        self._guard(self.active, ["logits"], work)
+        def work(rows: list[int]) -> None:
+            index = torch.tensor([place[r] for r in rows], device=logits.device)
+            logprobs = torch.log_softmax(logits if len(rows) == len(place) else logits[index], dim=-1)
+            taken = torch.tensor(tokens, device=logits.device)[index]
+            noted = logit_statistics(logprobs, logprobs.gather(1, taken[:, None])[:, 0]).double().cpu()
+            for r, statistics in zip(rows, noted, strict=True):
+                sums = self.rows[r].logit_sums
+                self.rows[r].logit_sums = statistics if sums is None else sums + statistics
+
+        self._guard(self.active, "logits", work)
 
 
 def logit_statistics(logprobs: Tensor, chosen: Tensor) -> Tensor:

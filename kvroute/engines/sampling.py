@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,7 +17,7 @@ class Sampler:
 
     Args:
         options: how.
-        streams: each prompt's place in the caller's list; with a seed, it fixes the prompt's stream.
+        streams: by prompt a number that, with a seed, fixes its random stream: see :func:`random_streams`.
         repetition_penalty: 1 for none.
     """
 
@@ -25,12 +26,12 @@ class Sampler:
         self.penalty = repetition_penalty
         self._generators: list[torch.Generator] = []
         if options.temperature > 0:
-            for place in streams:
+            for stream in streams:
                 generator = torch.Generator()
                 if options.seed is None:
                     generator.seed()
                 else:
-                    generator.manual_seed((options.seed * 1_000_003 + place) % 2**63)
+                    generator.manual_seed((options.seed * 1_000_003 + stream) % 2**63)
                 self._generators.append(generator)
 
     def choose(self, logits: Tensor, rows: Sequence[int], contexts: Sequence[Sequence[int]]) -> list[int]:
@@ -55,7 +56,8 @@ class Sampler:
         point = draws[:, None] * below[:, -1:]
         place = torch.searchsorted(below, point, right=True).clamp_max(below.shape[1] - 1)
         # A draw that rounds up to the total must not pick a token of probability 0.
-        place = torch.minimum(place, (ordered > 0).sum(dim=-1, keepdim=True) - 1)
+        # Where the logits are NaN nothing has a probability; the answer goes on, as a greedy one does.
+        place = torch.minimum(place, (ordered > 0).sum(dim=-1, keepdim=True) - 1).clamp_min(0)
         return [int(t) for t in tokens.gather(1, place)[:, 0]]
 
     def _penalised(self, logits: Tensor, contexts: Sequence[Sequence[int]]) -> Tensor:
@@ -65,6 +67,21 @@ class Sampler:
             score = logits[row, seen]
             logits[row, seen] = torch.where(score < 0, score * self.penalty, score / self.penalty)
         return logits
+
+
+def random_streams(prompts: Sequence[Sequence[int]]) -> list[int]:
+    """A number for each prompt that depends on its tokens, and on how many equal prompts come before it.
+
+    So an answer with a seed does not depend on the other prompts, their order or the batches, and prompts that are
+    asked several times over get different answers.
+    """
+    seen: dict[bytes, int] = {}
+    streams = []
+    for prompt in prompts:
+        digest = hashlib.sha256(",".join(map(str, prompt)).encode()).digest()[:7]
+        streams.append(int.from_bytes(digest) + seen.get(digest, 0))
+        seen[digest] = seen.get(digest, 0) + 1
+    return streams
 
 
 def end_tokens(model: Any, tokenizer: Any) -> frozenset[int]:

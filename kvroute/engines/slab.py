@@ -10,7 +10,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
-from kvroute_kernels import KVGroup, KVView, PageTable
 from torch import Tensor
 from transformers.cache_utils import (
     Cache,
@@ -22,6 +21,7 @@ from transformers.cache_utils import (
 )
 
 from kvroute.errors import UnsupportedModelError
+from kvroute_kernels import KVGroup, KVView, PageTable
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -200,8 +200,8 @@ class SlabCache(Cache):  # type: ignore[misc]
         for slab, _, _ in self.slabs:
             slab.select(rows)
         for layer in self.layers:
-            if not isinstance(layer, SlabLayer) and hasattr(layer, "batch_select_indices"):
-                layer.batch_select_indices(rows)
+            if isinstance(layer, LinearAttentionCacheLayerMixin):
+                layer.reorder_cache(rows)
 
     def continue_from(self, other: SlabCache, kept: list[int], width: int) -> None:
         """Begin with the first tokens of another cache of one sequence.
