@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Iterator, Sequence
-from typing import Any, Protocol, overload, runtime_checkable
+from collections.abc import AsyncIterator, Collection, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, Protocol, overload, runtime_checkable
 
 import numpy as np
 
@@ -11,6 +11,9 @@ from kvroute.features import Features
 from kvroute.generation import CancelToken, Generation, GenerationChunk, Message, Prompt, SamplingOptions
 from kvroute.info import ModelInfo
 from kvroute.pooling import PoolingSpec
+
+if TYPE_CHECKING:
+    from kvroute.engines.reading import Reading, Want
 
 Vectors = np.ndarray[Any, np.dtype[np.float32]]
 
@@ -33,8 +36,13 @@ class Engine(Protocol):
         """Token ids of a text, or of a chat with the turn opened for the model."""
         ...
 
-    def tokenize_texts(self, texts: Sequence[str]) -> list[list[int]]:
+    def tokenize_texts(self, texts: Sequence[str], *, special_tokens: bool = True) -> list[list[int]]:
         """Token ids of plain texts, in one call of the tokenizer."""
+        ...
+
+    @property
+    def end_token(self) -> int | None:
+        """The token that closes an answer, or None."""
         ...
 
     def pool(
@@ -46,6 +54,24 @@ class Engine(Protocol):
         progress: bool | None = None,
     ) -> list[Vectors]:
         """Prefill texts and pool their caches: for each spec ``[n, dim]`` float32, in the order of the texts."""
+        ...
+
+    def read(
+        self,
+        token_ids: Sequence[Sequence[int]],
+        start: Sequence[int],
+        *,
+        want: Collection[Want],
+        layers: Sequence[int] | None = None,
+        progress: bool | None = None,
+    ) -> Iterator[tuple[list[int], Reading]]:
+        """Read answers that exist already: indices of a batch, and what it gives."""
+        ...
+
+    def choice_logprobs(
+        self, token_ids: Sequence[Sequence[int]], choices: Sequence[Sequence[int]], *, progress: bool | None = None
+    ) -> np.ndarray[Any, np.dtype[np.float64]]:
+        """Log-probability that each of some tokens comes next: ``[n, choices]``."""
         ...
 
     @overload

@@ -3,46 +3,26 @@
 from __future__ import annotations
 
 import asyncio
-import logging
-import warnings
 from collections.abc import AsyncIterator, Iterator, Sequence
-from contextlib import suppress
 from pathlib import Path
-from typing import Any, Literal, Self, overload
+from typing import Any, Self, overload
 
-import numpy as np
 import torch
-from kvroute_kernels import KVView
-from torch import Tensor
 
-from kvroute.engines.base import Vectors
 from kvroute.engines.batching import plan_batches
 from kvroute.engines.decoding import DecodeSession, Prefix
-from kvroute.engines.loading import describe, load_model
+from kvroute.engines.loading import load_model
 from kvroute.engines.memory import is_out_of_memory
-from kvroute.engines.prompts import PromptTokenizer
-from kvroute.engines.slab import SlabCache, StopForwardError
+from kvroute.engines.reader import TransformersReader
+from kvroute.engines.slab import SlabCache
 from kvroute.engines.threads import in_thread
-from kvroute.errors import (
-    EmptyTextError,
-    InvalidInputError,
-    OutOfMemoryError,
-    TextTooLongError,
-    UnsupportedModelError,
-)
+from kvroute.errors import InvalidInputError, OutOfMemoryError, TextTooLongError, UnsupportedModelError
 from kvroute.features import FeaturePlan, Features, plan_features
 from kvroute.generation import CancelToken, Generation, GenerationChunk, Message, Prompt, SamplingOptions, as_prompts
-from kvroute.info import ModelInfo
-from kvroute.pooling import PoolingSpec, pool
 from kvroute.progress import progress_bar
-from kvroute.token_weights import FrequencyTable
-
-logger = logging.getLogger(__name__)
-
-_BUDGET_CPU, _BUDGET_GPU = 2048, 16384
 
 
-class TransformersEngine:
+class TransformersEngine(TransformersReader):
     """Runs a causal model that is loaded in this process and reads its KV cache.
 
     The model is used as it is and never changed: an early exit leaves its forward from within the cache, so
@@ -58,28 +38,6 @@ class TransformersEngine:
     Raises:
         UnsupportedModelError: the model keeps no KV cache that can be read.
     """
-
-    def __init__(
-        self,
-        model: Any,
-        tokenizer: Any,
-        *,
-        name: str | None = None,
-        revision: str | None = None,
-        token_budget: int | None = None,
-    ) -> None:
-        if token_budget is not None and token_budget < 1:
-            raise InvalidInputError(f"token_budget is at least 1 token, not {token_budget}.")
-        if model.training:
-            raise InvalidInputError(
-                "The model is in training mode, where dropout would change its cache.", hint="Call model.eval() first."
-            )
-        self.model = model
-        self._tokenizer = tokenizer
-        self.token_budget = token_budget or (_BUDGET_CPU if model.device.type == "cpu" else _BUDGET_GPU)
-        self._info = describe(model, name=name, revision=revision)
-        self._prompts = PromptTokenizer(tokenizer, self._info.name)
-        self._sif: dict[float, Tensor] = {}
 
     @classmethod
     def from_pretrained(
@@ -118,188 +76,8 @@ class TransformersEngine:
         )
         return cls(model, tokenizer, name=str(id_or_path), revision=revision, token_budget=token_budget)
 
-    @property
-    def info(self) -> ModelInfo:
-        """Sizes, name, revision and fingerprint."""
-        return self._info
-
-    @property
-    def tokenizer(self) -> Any:
-        """The tokenizer."""
-        return self._tokenizer
-
     def __repr__(self) -> str:
         return f"TransformersEngine({self._info.name!r}, {self._info.dtype}, {self.model.device})"
-
-    # ------------------------------------------------------------------ tokens
-
-    def tokenize(self, prompt: Prompt) -> list[int]:
-        """Token ids of a text, or of a chat with the turn opened for the model.
-
-        Raises:
-            ChatTemplateError: messages, and no chat template (or it refuses them).
-            InvalidInputError: the text can't be tokenized (a lone surrogate, say).
-        """
-        return self._prompts.tokenize(prompt)
-
-    def tokenize_texts(self, texts: Sequence[str]) -> list[list[int]]:
-        """Token ids of plain texts, in one call of the tokenizer.
-
-        Raises:
-            InvalidInputError: a text can't be tokenized, naming its index.
-        """
-        return self._prompts.tokenize_texts(texts)
-
-    def check_lengths(self, token_ids: Sequence[Sequence[int]], limit: int | None = None) -> None:
-        """Refuse texts that are empty or don't fit.
-
-        Raises:
-            EmptyTextError: naming the index.
-            TextTooLongError: naming the index and the length.
-        """
-        limit = self._info.context if limit is None else limit
-        for index, ids in enumerate(token_ids):
-            if len(ids) == 0:
-                raise EmptyTextError(index)
-            if len(ids) > limit:
-                raise TextTooLongError(index, len(ids), limit)
-
-    # ------------------------------------------------------------------ prefill
-
-    def prefill(
-        self,
-        token_ids: Sequence[Sequence[int]],
-        *,
-        layers: Sequence[int] | None = None,
-        padding: Literal["left", "right"] = "right",
-        progress: bool | None = None,
-    ) -> Iterator[tuple[list[int], KVView]]:
-        """Run texts and give their caches, batch by batch, the longest texts first.
-
-        The forward is left as soon as the deepest of ``layers`` has its keys and values: nothing above it
-        runs, nor does the LM head.
-
-        Args:
-            token_ids: the texts, at least one token each.
-            layers: attention layers to keep; all by default.
-            padding: side of the padding. Right needs no mask and is faster; the results agree.
-            progress: whether to show a bar; by default on a terminal.
-
-        Yields:
-            indices of the batch's texts, and the view of their cache, valid until the next one.
-
-        Raises:
-            EmptyTextError, TextTooLongError: before anything runs.
-            OutOfMemoryError: a single text does not fit the memory.
-        """
-        self.check_lengths(token_ids)
-        lengths = [len(ids) for ids in token_ids]
-        keep = frozenset(range(self._info.num_layers) if layers is None else layers)
-        pending = plan_batches(lengths, self.token_budget)
-        with progress_bar("Reading texts", len(lengths), show=progress) as advance:
-            while pending:
-                batch = pending.pop(0)
-                view = None
-                try:
-                    view = self._prefill_batch([token_ids[i] for i in batch], keep, padding)
-                except (RuntimeError, MemoryError) as error:
-                    if not is_out_of_memory(error):
-                        raise
-                    if len(batch) == 1:
-                        raise OutOfMemoryError(
-                            f"Text {batch[0]} with {lengths[batch[0]]} tokens does not fit the memory.",
-                            hint="Split it, load the model in bfloat16, or use fewer layers.",
-                        ) from error
-                if view is None:
-                    pending = self._halve_budget(lengths, [batch, *pending])
-                    continue
-                yield batch, view
-                del view
-                advance(len(batch))
-
-    def _halve_budget(self, lengths: Sequence[int], pending: list[list[int]]) -> list[list[int]]:
-        self.token_budget = max(1, self.token_budget // 2)
-        warnings.warn(
-            f"Out of memory: the token budget is halved to {self.token_budget} tokens a batch.",
-            RuntimeWarning,
-            stacklevel=3,
-        )
-        if self.model.device.type == "cuda":
-            torch.cuda.empty_cache()
-        rest = [i for batch in pending for i in batch]
-        return [[rest[i] for i in b] for b in plan_batches([lengths[i] for i in rest], self.token_budget)]
-
-    @torch.inference_mode()
-    def _prefill_batch(
-        self, token_ids: Sequence[Sequence[int]], keep: frozenset[int], padding: Literal["left", "right"]
-    ) -> KVView:
-        device = self.model.device
-        lengths = torch.tensor([len(ids) for ids in token_ids], device=device)
-        width = max(len(ids) for ids in token_ids)
-        cache = SlabCache(self.model.config, keep=keep, stop_after=max(keep), capacity=width)
-        left = padding == "left"
-        # Padding on the right comes after every real token, so a causal model needs no mask for it.
-        rows = [[0] * (width - len(i)) + list(i) if left else list(i) + [0] * (width - len(i)) for i in token_ids]
-        pads = (width - lengths) if left else None
-        mask = positions = None
-        if pads is not None:
-            slots = torch.arange(width, device=device)[None]
-            mask = (slots >= pads[:, None]).long()
-            positions = (slots - pads[:, None]).clamp_min(0)
-        with suppress(StopForwardError):
-            self.model.get_decoder()(
-                input_ids=torch.tensor(rows, device=device),
-                attention_mask=mask,
-                position_ids=positions,
-                past_key_values=cache,
-                use_cache=True,
-            )
-        return cache.view(lengths, pads)
-
-    def pool(
-        self,
-        token_ids: Sequence[Sequence[int]],
-        specs: Sequence[PoolingSpec],
-        *,
-        sif_weights: Vectors | None = None,
-        progress: bool | None = None,
-    ) -> list[Vectors]:
-        """Prefill texts once and pool their caches by each spec.
-
-        Args:
-            token_ids: the texts.
-            specs: how to pool; layers deeper than the deepest they read are not run.
-            sif_weights: ``[vocab]``, the SIF weight of every token, for specs that ask for it; by default from the
-                frequencies that the vocabulary suggests.
-            progress: whether to show a bar; by default on a terminal.
-
-        Returns:
-            for each spec ``[n, dim]`` float32, in the order of the texts.
-
-        Raises:
-            as :meth:`prefill` and :func:`kvroute.pooling.pool`.
-        """
-        out = [np.empty((len(token_ids), spec.dimension(self._info)), dtype=np.float32) for spec in specs]
-        given = None if sif_weights is None else torch.as_tensor(sif_weights, device=self.model.device)
-        if not specs or not len(token_ids):
-            return out
-        layers = sorted({layer for spec in specs for layer in spec.resolve(self._info.num_layers)})
-        for batch, view in self.prefill(token_ids, layers=layers, progress=progress):
-            for spec, vectors in zip(specs, out, strict=True):
-                weights = None
-                if spec.weights == "sif":
-                    table = self.sif_weights(spec.sif_a) if given is None else given
-                    weights = [table[torch.as_tensor(token_ids[i], device=table.device)] for i in batch]
-                pooled = pool(view, spec, num_layers=self._info.num_layers, sif_weights=weights)
-                vectors[batch] = pooled.float().cpu().numpy()
-        return out
-
-    def sif_weights(self, a: float) -> Tensor:
-        """SIF weight of every token, ``[vocab]``, from the frequencies that the vocabulary suggests."""
-        if a not in self._sif:
-            table = FrequencyTable.from_vocabulary(self._tokenizer).weights(a)
-            self._sif[a] = torch.from_numpy(table).to(self.model.device)
-        return self._sif[a]
 
     # ------------------------------------------------------------------ generation
 
