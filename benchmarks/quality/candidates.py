@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
 
-from quality.extract import WEIGHTS, Store
+from kvroute import PoolingSpec
+from quality.extract import WEIGHTS, Store, sif_name
+from quality.measures import Array
 
 
 @dataclass(frozen=True)
@@ -20,7 +22,7 @@ class Candidate:
         part: ``k``, ``v`` or ``kv``.
         weights: of the mean over tokens; ``last`` for the last token of the prompted texts.
         first: whether the first token counts.
-        reduce: ``concat``, ``mean`` over layers, or ``paper`` (mean over layers and heads, unit length).
+        reduce: ``concat`` or ``mean`` over layers (heads side by side), or ``paper`` (mean over layers and heads).
     """
 
     side: Literal["kv", "hidden"]
@@ -30,6 +32,13 @@ class Candidate:
     first: bool = True
     reduce: str = "concat"
 
+    @classmethod
+    def of(cls, spec: PoolingSpec, num_layers: int) -> Candidate:
+        """A preset as a candidate. Its length does not matter: vectors are compared by their cosines."""
+        weights = {None: "mean", "position": "position", "sif": sif_name(spec.sif_a)}[spec.weights]
+        reduce = spec.layer_reduce if spec.heads == "concat" else "paper"
+        return cls("kv", spec.resolve(num_layers), spec.part, weights, True, reduce)
+
     @property
     def depth(self) -> int:
         """Layers that have to run."""
@@ -37,62 +46,81 @@ class Candidate:
 
     @property
     def name(self) -> str:
+        """What a table says."""
+        weights = "last token, prompted" if self.weights == "last" else self.weights
         if self.side == "hidden":
-            return f"hidden {self.layers[0]}, {self.weights}{'' if self.first else ', no first token'}"
-        low, high = min(self.layers), max(self.layers)
-        return f"{self.part.upper()} {low}-{high} {self.reduce}, {self.weights}"
+            return f"hidden {self.layers[0]}, {weights}{'' if self.first else ', no first token'}"
+        reduce = {"concat": "side by side", "mean": "mean of layers", "paper": "mean of layers and heads"}[self.reduce]
+        return f"{self.part.upper()} {_spans(self.layers)}, {reduce if len(self.layers) > 1 else '1 layer'}, {weights}"
 
-    def matrix(self, store: Store) -> np.ndarray:
+    def pieces(self) -> list[Candidate]:
+        """Candidates whose vectors side by side are this one's, up to the order of dimensions."""
+        if self.side == "hidden" or self.reduce != "concat":
+            return [self]
+        return [replace(self, layers=(layer,), part=part) for layer in self.layers for part in self.part]
+
+    def matrix(self, store: Store) -> Array:
         """``[n, dim]`` float32 for all texts of the store."""
         if self.weights == "last":
             x = store.arrays["kv_last" if self.side == "kv" else "hidden_last"]
+        elif self.side == "kv":
+            x = store.arrays["kv"][:, WEIGHTS.index(self.weights)]
         else:
-            w = WEIGHTS.index(self.weights)
-            hidden = store.arrays.get("hidden")
-            x = store.arrays["kv"][:, w] if self.side == "kv" else hidden[:, 0 if self.first else 1, w]
+            x = store.arrays["hidden"][:, 0 if self.first else 1, WEIGHTS.index(self.weights)]
         if self.side == "hidden":
             return np.asarray(x[:, self.layers[0]], dtype=np.float32)
-        parts = {"k": slice(0, 1), "v": slice(1, 2), "kv": slice(0, 2)}[self.part]
-        x = x[:, list(self.layers)][:, :, parts]  # [n, L, parts, F]
-        if self.reduce == "concat":
-            return np.ascontiguousarray(x).reshape(len(x), -1).astype(np.float32)
-        x = x.astype(np.float32).mean(axis=1)  # [n, parts, F]
-        if self.reduce == "paper":
-            heads = 3
-            x = x.reshape(len(x), x.shape[1], heads, -1).mean(axis=2)
-            x = x.reshape(len(x), -1)
-            return x / np.linalg.norm(x, axis=1, keepdims=True)
-        return x.reshape(len(x), -1)
+        halves = []
+        for part in self.part:
+            half = x[:, list(self.layers), "kv".index(part)]  # [n, L, H * D]
+            if self.reduce != "concat":
+                half = half.astype(np.float32).mean(axis=1, keepdims=True)
+            if self.reduce == "paper":
+                half = half.reshape(len(x), store.heads, -1).mean(axis=1)
+            halves.append(half.reshape(len(x), -1).astype(np.float32))
+        return np.concatenate(halves, axis=1)
 
 
 def kv_candidates(num_layers: int, *, prompted: bool = False) -> list[Candidate]:
-    """Ranges of layers from a coarse grid, values alone or with keys; keys alone only at a few depths."""
-    bounds = sorted({round(num_layers * f) for f in (0, 1 / 8, 1 / 4, 3 / 8, 1 / 2, 3 / 4, 1)} | {num_layers - 4})
-    ranges = [tuple(range(low, high)) for low in bounds for high in bounds if low < high]
-    weights = ("last",) if prompted else WEIGHTS
+    """Prefixes of the depth, bands, a shallow part with the last layers, every second layer, and single layers."""
+
+    def at(fraction: float) -> int:
+        return round(num_layers * fraction)
+
+    whole = range(num_layers)
+    sets = [tuple(range(at(f))) for f in (1 / 8, 1 / 5, 4 / 15, 1 / 3, 2 / 5, 1 / 2, 2 / 3, 1)]
+    sets += [tuple(range(at(low), at(high))) for low, high in ((1 / 8, 1 / 3), (1 / 4, 1 / 2), (1 / 2, 1), (2 / 3, 1))]
+    sets += [tuple(range(num_layers - 4, num_layers)), tuple(whole[::2]), tuple(range(0, at(1 / 2), 2))]
+    sets += [tuple(range(at(4 / 15))) + tuple(range(num_layers - n, num_layers)) for n in (2, 4, 8)]
     out = []
-    for layers in ranges:
-        for part in ("v", "kv", "k"):
-            if part == "k" and layers[0] != 0:
-                continue
-            for w in weights:
-                if part != "v" and w == "position":
-                    continue
-                for reduce in ("concat", "mean"):
-                    out.append(Candidate("kv", layers, part, w, True, reduce))
-    return out
+    for weights in ("last",) if prompted else WEIGHTS:
+        for layers in dict.fromkeys(sets):
+            out += [Candidate("kv", layers, "v", weights), Candidate("kv", layers, "kv", weights)]
+            out += [Candidate("kv", layers, "v", weights, reduce="mean")]
+            if weights in ("mean", "last", WEIGHTS[-1]):
+                out += [Candidate("kv", layers, "kv", weights, reduce="mean"), Candidate("kv", layers, "k", weights)]
+        if weights not in ("mean", "position"):
+            out += [Candidate("kv", (layer,), "v", weights) for layer in whole]
+    return list(dict.fromkeys(out))
 
 
 def hidden_candidates(num_layers: int, *, prompted: bool = False) -> list[Candidate]:
-    weights = ("last",) if prompted else WEIGHTS
+    """Every hidden state; the mean with and without the first token."""
     return [
-        Candidate("hidden", (layer,), "h", w, first)
+        Candidate("hidden", (layer,), "h", weights, first)
+        for weights in (("last",) if prompted else WEIGHTS)
         for layer in range(num_layers + 1)
-        for w in weights
         for first in ((True,) if prompted else (True, False))
     ]
 
 
-def paper_candidate(num_layers: int) -> Candidate:
-    """The preset ``paper-mteb``."""
-    return Candidate("kv", tuple(range(num_layers - 4, num_layers)), "kv", "mean", True, "paper")
+def _spans(layers: tuple[int, ...]) -> str:
+    """``0-7, 26-29``, or ``0, 2, ... 28``."""
+    spans: list[list[int]] = []
+    for layer in layers:
+        if spans and layer == spans[-1][-1] + 1:
+            spans[-1].append(layer)
+        else:
+            spans.append([layer])
+    if len(spans) > 4:
+        return f"{layers[0]}, {layers[1]}, ... {layers[-1]}"
+    return " and ".join(f"{s[0]}-{s[-1]}" if len(s) > 1 else str(s[0]) for s in spans)

@@ -1,7 +1,8 @@
-"""Scores of one candidate on the rows it is chosen on, or by row on the rows it is reported on."""
+"""Measures of one candidate: on the rows it is chosen on, or by row on the rows it is reported on."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -12,9 +13,12 @@ from quality.candidates import Candidate
 from quality.data import Tasks
 from quality.extract import Store
 from quality.measures import Array, cosines, linear_head, ndcg_at_10, rank_correlation_of
+from quality.whitened import Whitening
 
 Part = Literal["dev", "test"]
 GROUPS = ("classification", "sts", "retrieval")
+Picks = dict[str, Array]
+"""Resampled row indices by task."""
 
 
 @dataclass
@@ -25,40 +29,43 @@ class Rows:
     sts: dict[str, tuple[Array, Array]] = field(default_factory=dict)
     retrieval: dict[str, Array] = field(default_factory=dict)
 
-    def value(self, task: str, rows: Array | None = None) -> float:
+    def value(self, task: str, picks: Picks | None = None) -> float:
         """A task's measure, of all rows or of some (with repeats)."""
         for results in (self.classification, self.retrieval):
             if task in results:
-                return float((results[task] if rows is None else results[task][rows]).mean())
+                return float((results[task] if picks is None else results[task][picks[task]]).mean())
         similarity, gold = self.sts[task]
-        return rank_correlation_of(np.arange(len(gold)) if rows is None else rows, similarity, gold)
+        return rank_correlation_of(np.arange(len(gold)) if picks is None else picks[task], similarity, gold)
 
-    def count(self, task: str) -> int:
-        if task in self.sts:
-            return len(self.sts[task][1])
-        return len(self.classification.get(task, self.retrieval.get(task, np.zeros(0))))
+    def counts(self) -> dict[str, int]:
+        """Rows by task."""
+        sts = {task: len(gold) for task, (_, gold) in self.sts.items()}
+        return (
+            {t: len(v) for t, v in self.classification.items()} | sts | {t: len(v) for t, v in self.retrieval.items()}
+        )
 
     def tasks(self) -> dict[str, list[str]]:
+        """Tasks by group, without groups that were not measured."""
         return {g: list(getattr(self, g)) for g in GROUPS if getattr(self, g)}
 
-    def average(self, picks: dict[str, Array] | None = None) -> float:
-        """Mean over the groups of the mean over a group's tasks."""
-        groups = [
-            np.mean([self.value(t, None if picks is None else picks[t]) for t in tasks])
-            for tasks in self.tasks().values()
-        ]
-        return float(np.mean(groups))
+    def group(self, group: str, picks: Picks | None = None) -> float:
+        """Mean over a group's tasks."""
+        return float(np.mean([self.value(t, picks) for t in self.tasks()[group]]))
+
+    def average(self, picks: Picks | None = None) -> float:
+        """Mean over the groups."""
+        return float(np.mean([self.group(g, picks) for g in self.tasks()]))
 
 
 class Evaluator:
-    """Fits post-processing for a candidate on unlabelled texts of the train and dev rows, and measures.
+    """Fits post-processing on unlabelled texts of the train and dev rows, the same for every candidate, and measures.
 
     Args:
         tasks: the rows.
         short: store of the short texts.
         documents: store of the documents.
-        dimension: sizes kept by the post-processing, the same for every candidate; 0 for raw vectors.
-        fit_texts: at most so many texts of each store are fitted on.
+        dimension: sizes kept by the whitening.
+        fit_texts: short texts it is fitted on, at most; and a third as many documents.
         seed: which.
     """
 
@@ -70,38 +77,55 @@ class Evaluator:
         texts = [x for c in tasks.classification for x, _ in c.train]
         texts += [x for s in tasks.sts for a, b, _ in s.dev for x in (a, b)]
         texts += [q for r in tasks.retrieval for q, _ in r.dev]
-        rows = np.array(short.rows(texts))
-        self.fit_short = np.sort(rng.permutation(rows)[:fit_texts])
-        self.fit_documents = np.sort(rng.permutation(len(documents.texts))[: fit_texts // 2])
+        seen = np.unique(short.rows(texts))
+        count, behind = len(documents.texts), len(short.texts)
+        fitted = [rng.permutation(seen)[:fit_texts], behind + rng.permutation(count)[: max(fit_texts // 3, 2)]]
+        self.fitted = np.sort(np.concatenate(fitted))
+        held = np.unique(short.rows([x for c in tasks.classification for x, _ in c.dev]))
+        dev_rows = np.concatenate([np.union1d(seen, held), behind + np.arange(count)])
+        self.dev = Whitening(short, documents, self.fitted, dev_rows, dimension)
 
-    def run(self, candidate: Candidate, part: Part) -> Rows:
-        short, documents = candidate.matrix(self.short), candidate.matrix(self.documents)
-        if self.dimension:
-            fitted_on = np.concatenate([short[self.fit_short], documents[self.fit_documents]])
-            size = min(self.dimension, fitted_on.shape[1])
-            post = PostProcessor.fit(fitted_on, "whiten", size)
-            short, documents = post.transform(short), post.transform(documents)
-        out = Rows()
-        for c in self.tasks.classification if self.dimension else []:
-            held = c.dev if part == "dev" else c.test
-            # What is reported is fitted on all train rows; what is chosen on dev can't be.
-            train = c.train if part == "dev" else c.train + c.dev
-            out.classification[c.name] = linear_head(
-                short[self.short.rows([t for t, _ in train])],
-                [y for _, y in train],
-                short[self.short.rows([t for t, _ in held])],
-                [y for _, y in held],
-            )
-        for s in self.tasks.sts:
-            pairs = s.dev if part == "dev" else s.test
-            left, right = ([p[i] for p in pairs] for i in (0, 1))
-            similarity = cosines(short[self.short.rows(left)], short[self.short.rows(right)])
-            out.sts[s.name] = (similarity, np.array([p[2] for p in pairs]))
-        for r in self.tasks.retrieval:
-            queries = r.dev if part == "dev" else r.test
-            out.retrieval[r.name] = ndcg_at_10(
-                short[self.short.rows([q for q, _ in queries])],
-                documents[self.documents.rows(r.documents)],
-                [judged for _, judged in queries],
-            )
-        return out
+    def run(self, candidate: Candidate, part: Part, *, whitened: bool = True) -> Rows:
+        """Measure a candidate."""
+        if part == "dev" and whitened and len(candidate.pieces()) > 1:
+            rows, vectors = self.dev.rows, self.dev.vectors(candidate)
+        else:
+            vectors = np.concatenate([candidate.matrix(self.short), candidate.matrix(self.documents)])
+            rows = np.arange(len(vectors))
+            if whitened:
+                size = min(self.dimension, vectors.shape[1])
+                vectors = PostProcessor.fit(vectors[self.fitted], "whiten", size).transform(vectors)
+
+        def short(texts: list[str]) -> Array:
+            return vectors[np.searchsorted(rows, self.short.rows(texts))]
+
+        def documents(texts: list[str]) -> Array:
+            return vectors[np.searchsorted(rows, len(self.short.texts) + np.array(self.documents.rows(texts)))]
+
+        return measure(self.tasks, part, short, documents, heads=whitened)
+
+
+def measure(
+    tasks: Tasks,
+    part: Part,
+    short: Callable[[list[str]], Array],
+    documents: Callable[[list[str]], Array],
+    *,
+    heads: bool,
+) -> Rows:
+    """Results by row. Heads that are reported are fitted on train and dev rows, those to choose by on train rows."""
+    out = Rows()
+    for c in tasks.classification if heads else []:
+        train, held = (c.train, c.dev) if part == "dev" else (c.train + c.dev, c.test)
+        out.classification[c.name] = linear_head(
+            short([t for t, _ in train]), [y for _, y in train], short([t for t, _ in held]), [y for _, y in held]
+        )
+    for s in tasks.sts:
+        pairs = s.dev if part == "dev" else s.test
+        similarity = cosines(short([a for a, _, _ in pairs]), short([b for _, b, _ in pairs]))
+        out.sts[s.name] = (similarity, np.array([gold for _, _, gold in pairs]))
+    for r in tasks.retrieval:
+        queries = r.dev if part == "dev" else r.test
+        found = short([q for q, _ in queries]), documents(r.documents)
+        out.retrieval[r.name] = ndcg_at_10(*found, [judged for _, judged in queries])
+    return out

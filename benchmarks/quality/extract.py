@@ -18,8 +18,15 @@ from kvroute.engines.slab import SlabCache
 from kvroute.progress import progress_bar
 from kvroute.token_weights import FrequencyTable
 
-WEIGHTS = ("mean", "position", "sif", "sif a=3e-3")
-SIF_A = (1e-3, 3e-3)
+SIF_A = (1e-3, 1e-4)
+
+
+def sif_name(a: float) -> str:
+    """What the weights a / (a + p) are called."""
+    return f"sif {a:g}"
+
+
+WEIGHTS = ("mean", "position", *(sif_name(a) for a in SIF_A))
 CHUNK = 256
 
 
@@ -27,8 +34,9 @@ class Store:
     """Arrays by text: ``kv [n, W, L, 2, F]``, ``hidden [n, 2 first, W, L + 1, E]`` (the axis ``first``: with and
     without the first token), or the last token's ``kv_last [n, L, 2, F]``, ``hidden_last [n, L + 1, E]``."""
 
-    def __init__(self, folder: Path, texts: list[str]) -> None:
+    def __init__(self, folder: Path, texts: list[str], heads: int) -> None:
         self.folder = folder
+        self.heads = heads
         self.texts = texts
         self.row = {t: i for i, t in enumerate(texts)}
         self.arrays: dict[str, np.ndarray] = {}
@@ -67,7 +75,7 @@ def store_for(
     ]
     name = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
     (folder / name).mkdir(parents=True, exist_ok=True)
-    return Store(folder / name, texts)
+    return Store(folder / name, texts, engine.info.layers[0].kv_heads)
 
 
 @torch.inference_mode()

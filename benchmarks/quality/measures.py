@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
 
 import numpy as np
 from scipy.stats import rankdata, spearmanr
@@ -47,16 +46,6 @@ def ndcg_at_10(queries: Array, documents: Array, relevant: list[dict[int, float]
         ideal = np.sort(np.array(list(judged.values())))[::-1][:10]
         out[i] = (gain * discount[: len(gain)]).sum() / (ideal * discount[: len(ideal)]).sum()
     return out
-
-
-def interval(
-    statistic: Callable[[Array], float], count: int, *, rounds: int = 1000, seed: int = 0
-) -> tuple[float, float]:
-    """95 % bootstrap interval of a statistic of resampled row indices."""
-    rng = np.random.default_rng(seed)
-    values = [statistic(rng.integers(0, count, count)) for _ in range(rounds)]
-    low, high = np.percentile(values, [2.5, 97.5])
-    return float(low), float(high)
 
 
 def rank_correlation_of(rows: Array, similarity: Array, gold: Array) -> float:
