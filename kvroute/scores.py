@@ -6,6 +6,7 @@ A score is an *uncalibrated* number; :mod:`kvroute.calibration` turns scores int
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -114,3 +115,16 @@ SCORES: dict[str, ScoreInfo] = {
 def family(name: str) -> tuple[str, ...]:
     """Names of the scores of a family."""
     return tuple(s.name for s in SCORES.values() if s.family == name)
+
+
+def logit_scores(means: Sequence[float]) -> dict[str, Score]:
+    """The scores of the family ``logits``.
+
+    Args:
+        means: means over the answer's tokens of log-probability, entropy and largest probability.
+    """
+    reason = "the model's logits are not finite"
+    return {
+        name: Score(mean) if math.isfinite(mean) else Score(None, reason)
+        for name, mean in zip(family("logits"), means, strict=True)
+    }

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -21,7 +20,7 @@ from kvroute.errors import KVRouteError
 from kvroute.features import FeaturePlan
 from kvroute.generation import FinishReason, Generation, SamplingOptions, Timings, Usage
 from kvroute.pooling import pool
-from kvroute.scores import Score, family
+from kvroute.scores import Score, family, logit_scores
 from kvroute_kernels import KVView
 
 logger = logging.getLogger(__name__)
@@ -42,6 +41,8 @@ class Prefix:
 
     token_ids: tuple[int, ...]
     cache: SlabCache
+    fingerprint: str
+    name: str
 
     def common(self, ids: Sequence[int]) -> int:
         """How many of its tokens a prompt begins with."""
@@ -56,7 +57,6 @@ class Prefix:
 @dataclass(slots=True)
 class _Row:
     prompt: list[int]
-    place: int
     text: TextStream
     tokens: list[int]
     cached: int = 0
@@ -73,7 +73,7 @@ class DecodeSession:
         model: a transformers causal model.
         tokenizer: its tokenizer.
         prompts: token ids, one list a prompt.
-        places: each prompt's place in the caller's list.
+        streams: each prompt's random stream, from :func:`~kvroute.engines.sampling.random_streams`.
         options: how answers are written.
         plan: features to compute.
         prefix: a cache that prompts may continue.
@@ -86,7 +86,7 @@ class DecodeSession:
         model: Any,
         tokenizer: Any,
         prompts: Sequence[Sequence[int]],
-        places: Sequence[int],
+        streams: Sequence[int],
         options: SamplingOptions,
         plan: FeaturePlan,
         *,
@@ -101,12 +101,9 @@ class DecodeSession:
         self.sif_weights = sif_weights
         self.follow_text = follow_text or bool(options.stop)
         self.device = model.device
-        self.rows = [
-            _Row(list(p), place, TextStream(tokenizer, options.stop), [])
-            for p, place in zip(prompts, places, strict=True)
-        ]
+        self.rows = [_Row(list(p), TextStream(tokenizer, options.stop), []) for p in prompts]
         penalty = options.repetition_penalty or getattr(model.generation_config, "repetition_penalty", None) or 1.0
-        self.sampler = Sampler(options, places, float(penalty))
+        self.sampler = Sampler(options, streams, float(penalty))
         self.ends = end_tokens(model, tokenizer)
         self.active = list(range(len(self.rows)))  # rows still being written
         self.lanes = list(self.active)  # the row in each sequence of the cache
@@ -118,6 +115,7 @@ class DecodeSession:
         self.width = max(len(r.prompt) for r in self.rows)
         self.padding = torch.tensor([self.width - len(r.prompt) for r in self.rows], device=self.device)
         self.steps = 0
+        self.prefilled = False
         self.feature_seconds = 0.0
         self.prefill_seconds = 0.0
         self.started = time.perf_counter()
@@ -144,6 +142,7 @@ class DecodeSession:
             ids.append([fill] * pad + taken)
             positions.append([0] * pad + list(range(row.cached, len(row.prompt))))
         self._forward(torch.tensor(ids, device=self.device), torch.tensor(positions, device=self.device))
+        self.prefilled = True
         self.prefill_seconds = time.perf_counter() - self.started
         self._prompt_features()
 
@@ -214,6 +213,8 @@ class DecodeSession:
         ended = list(self.active)
         for r in ended:
             self.rows[r].finish = "cancelled"
+            if not self.prefilled:
+                self.errors[r] = dict.fromkeys(self.plan.pooled, "The work was cancelled before it began.")
         rest = [(r, self.rows[r].text.finish() if self.follow_text else "") for r in ended]
         self._close(ended)
         return rest
@@ -233,7 +234,7 @@ class DecodeSession:
             usage=Usage(
                 prompt=len(row.prompt),
                 cached=row.cached,
-                computed=len(row.prompt) - row.cached + max(generated - 1, 0),
+                computed=len(row.prompt) - row.cached + max(generated - 1, 0) if self.prefilled else 0,
                 generated=generated,
             ),
             timings=Timings(
@@ -264,9 +265,7 @@ class DecodeSession:
                 scores.update({n: Score(None, reason) for n in family("logits")})
             else:
                 means = (row.logit_sums / len(row.tokens)).tolist()
-                for name, mean in zip(family("logits"), means, strict=True):
-                    finite = math.isfinite(mean)
-                    scores[name] = Score(mean) if finite else Score(None, "the model's logits are not finite")
+                scores.update(logit_scores(means))
         if self.plan.length:
             scores["length"] = Score(float(len(row.tokens)))
         return scores

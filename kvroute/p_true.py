@@ -1,0 +1,91 @@
+"""P(True): the model is asked whether an answer is true (arXiv 2207.05221, section 3).
+
+The question is theirs, with the options A (true) and B (false); the score is the probability of A over that of A and B
+together, so what else the model might say does not matter. Chat models are asked in their chat template, others in
+plain text.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from kvroute.errors import ChatTemplateError
+from kvroute.scores import Score
+
+if TYPE_CHECKING:
+    from kvroute.engines.base import Engine
+    from kvroute.generation import Prompt
+
+_QUESTION = """Question: {question}
+Proposed answer: {answer}
+Is the proposed answer:
+A) True
+B) False"""
+_IN_CHAT = "\nAnswer with A or B only."
+_IN_TEXT = "\nThe proposed answer is:"
+
+
+@dataclass(frozen=True, slots=True)
+class TrueQuestion:
+    """A question to the model, and the tokens that answer it.
+
+    Attributes:
+        token_ids: the question; the next token is the answer.
+        choices: the token of A (true) and that of B (false).
+    """
+
+    token_ids: list[int]
+    choices: tuple[int, int]
+
+
+def true_question(engine: Engine, prompt: Prompt, answer: str) -> TrueQuestion | str:
+    """The question whether an answer is true, or the reason why it can't be asked."""
+    text = _QUESTION.format(question=_as_text(prompt).strip(), answer=answer.strip())
+    try:
+        ids = engine.tokenize([{"role": "user", "content": text + _IN_CHAT}])
+    except ChatTemplateError:  # a base model: plain text
+        return _in_text(engine, text + _IN_TEXT)
+    choices = [found[0] for found in engine.tokenize_texts(["A", "B"], special_tokens=False) if found]
+    if len(choices) != 2 or choices[0] == choices[1]:
+        return _NO_CHOICE
+    return TrueQuestion(ids, (choices[0], choices[1]))
+
+
+def _in_text(engine: Engine, text: str) -> TrueQuestion | str:
+    # The tokens that follow the text are those in which its two continuations differ, whatever the tokenizer merges.
+    true, false = engine.tokenize_texts([f"{text} A", f"{text} B"])
+    for at, (a, b) in enumerate(zip(true, false, strict=False)):
+        if a != b:
+            return TrueQuestion(true[:at], (a, b)) if at else _NO_CHOICE
+    return _NO_CHOICE
+
+
+_NO_CHOICE = "the tokenizer has no tokens that tell A from B"
+
+
+def _as_text(prompt: Prompt) -> str:
+    if isinstance(prompt, str):
+        return prompt
+    lines = [(str(m.get("role", "")), _content(m.get("content"))) for m in prompt]
+    if len(lines) == 1:
+        return lines[0][1]
+    return "\n".join(f"{role}: {content}" for role, content in lines)
+
+
+def _content(content: object) -> str:
+    if isinstance(content, list | tuple):  # the parts of a message: the texts among them
+        return "\n".join(str(p["text"]) for p in content if isinstance(p, Mapping) and "text" in p)
+    return "" if content is None else str(content)
+
+
+def probability_of_first(first: float, second: float) -> Score:
+    """Probability of the first of two choices, from their log-probabilities."""
+    difference = first - second
+    if not math.isfinite(difference):
+        return Score(None, "the model gives neither A nor B a probability")
+    if difference >= 0:
+        return Score(1 / (1 + math.exp(-difference)))
+    return Score(math.exp(difference) / (1 + math.exp(difference)))

@@ -1,0 +1,378 @@
+"""Scores of an answer that exists already, and a confidence: :class:`SelfEvaluator`."""
+
+from __future__ import annotations
+
+import asyncio
+import operator
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+from kvroute.errors import EmptyTextError, InvalidInputError, TextTooLongError
+from kvroute.generation import CancelToken, FinishReason, Generation, Prompt, Usage, as_prompts
+from kvroute.p_true import TrueQuestion, probability_of_first, true_question
+from kvroute.progress import progress_bar
+from kvroute.reading_scores import reading_scores
+from kvroute.scores import SCORES, Score, family
+
+if TYPE_CHECKING:
+    from kvroute.calibration import ConfidenceCalibrator
+    from kvroute.engines.base import Engine
+    from kvroute.engines.reading import Want
+
+Answer = str | Sequence[int] | Generation
+"""A text, the answer's token ids as they stand, or what an engine wrote."""
+
+DEFAULT_SCORES = (*family("kv-coe"), *family("logits"), *family("length"))
+"""What one pass over the answer gives."""
+
+_FAMILIES = tuple(dict.fromkeys(s.family for s in SCORES.values()))
+_NO_CALIBRATOR = (
+    "there is no calibrator, and a score is not a confidence: fit one on answers known to be right or wrong "
+    "(kvroute calibrate, or ConfidenceCalibrator.fit)"
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluation:
+    """What is known about one answer.
+
+    Attributes:
+        scores: by their names in :data:`kvroute.SCORES`, in the order they were asked for.
+        confidence: how likely the answer is right, in [0, 1]; None without a calibrator, or where a score that it
+            reads is missing. Never an uncalibrated number.
+        confidence_reason: why there is no confidence.
+        usage: tokens; ``computed`` are those that went through the model for the scores.
+        seconds: of the batches it was computed in.
+    """
+
+    scores: dict[str, Score]
+    confidence: float | None
+    confidence_reason: str | None
+    usage: Usage
+    seconds: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able: values and reasons apart. With ``correct`` beside it, a row to calibrate on."""
+        return {
+            "scores": {name: score.value for name, score in self.scores.items()},
+            "reasons": {name: score.reason for name, score in self.scores.items() if score.reason is not None},
+            "confidence": self.confidence,
+            "confidence_reason": self.confidence_reason,
+            "usage": asdict(self.usage),
+            "seconds": self.seconds,
+        }
+
+
+class SelfEvaluator:
+    """Scores answers by what the model that reads them makes of them.
+
+    The answer is run once, behind its prompt. The chains cover all its tokens but the last, the one that has no
+    keys and values during generation either, so the scores are those of ``engine.generate(...,
+    features=["kv-coe", "logits", "length"])`` for the same tokens.
+
+    Args:
+        engine: the model.
+        calibrator: turns scores into a confidence; a calibrator, or its name (see
+            :meth:`~kvroute.ConfidenceCalibrator.by_name`). The scores that it reads are always computed.
+        scores: names of scores or of their families (``kv-coe``, ``logits``, ``p-true``, ``length``,
+            ``hidden-coe``); by default ``kv-coe``, ``logits`` and ``length``, which one pass gives. Nothing
+            else is computed.
+
+    Raises:
+        ModelMismatchError: the calibrator was fitted on another model.
+        InvalidInputError: an unknown score; the message lists what there is.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        *,
+        calibrator: ConfidenceCalibrator | str | None = None,
+        scores: Sequence[str] | None = None,
+    ) -> None:
+        if isinstance(calibrator, str):
+            from kvroute.calibration import ConfidenceCalibrator
+
+            calibrator = ConfidenceCalibrator.by_name(calibrator, engine.info)
+        if calibrator is not None:
+            calibrator.require(engine.info)
+        self.engine = engine
+        self.calibrator = calibrator
+        self.scores = DEFAULT_SCORES if scores is None else score_names(scores)
+
+    def __repr__(self) -> str:
+        return f"SelfEvaluator({self.engine.info.name!r}, calibrator={self.calibrator!r})"
+
+    def score(
+        self,
+        prompt: Prompt,
+        answer: Answer,
+        *,
+        scores: Sequence[str] | None = None,
+        finish_reason: FinishReason = "stop",
+    ) -> Evaluation:
+        """Score one answer.
+
+        Args:
+            prompt: the text that it continues, or the messages of the chat.
+            answer: a text, token ids as they stand, or a :class:`~kvroute.Generation`, whose tokens are taken.
+            scores: names of scores or families; by default as the evaluator was made.
+            finish_reason: of an answer given as a text: ``stop`` closes it with the model's end token, as it would
+                have been written; ``length`` and ``cancelled`` leave it open.
+
+        Raises:
+            EmptyTextError: the answer is empty.
+            TextTooLongError: prompt and answer do not fit the context together.
+            InvalidInputError: an unknown score, an empty prompt, tokens that the model does not have.
+            ChatTemplateError: messages, and no chat template.
+        """
+        return self.score_many([(prompt, answer)], scores=scores, finish_reason=finish_reason, progress=False)[0]
+
+    def score_many(
+        self,
+        rows: Sequence[tuple[Prompt, Answer]],
+        *,
+        scores: Sequence[str] | None = None,
+        finish_reason: FinishReason | Sequence[FinishReason] = "stop",
+        progress: bool | None = None,
+    ) -> list[Evaluation]:
+        """Score many answers, in batches of like length under the engine's token budget.
+
+        Args:
+            rows: prompt and answer of each, as in :meth:`score`.
+            scores: names of scores or families; by default as the evaluator was made.
+            finish_reason: for all answers, or one for each.
+            progress: whether to show a bar; by default on a terminal.
+
+        Returns:
+            evaluations in the order of the rows. A score that an answer does not have is None with a reason and
+            costs the others nothing.
+
+        Raises:
+            as :meth:`score`, naming the row, before anything is run.
+        """
+        return self._evaluate(rows, scores, finish_reason, progress, None)
+
+    async def ascore(
+        self,
+        prompt: Prompt,
+        answer: Answer,
+        *,
+        scores: Sequence[str] | None = None,
+        finish_reason: FinishReason = "stop",
+    ) -> Evaluation:
+        """:meth:`score` in a thread."""
+        found = await self.ascore_many([(prompt, answer)], scores=scores, finish_reason=finish_reason, progress=False)
+        return found[0]
+
+    async def ascore_many(
+        self,
+        rows: Sequence[tuple[Prompt, Answer]],
+        *,
+        scores: Sequence[str] | None = None,
+        finish_reason: FinishReason | Sequence[FinishReason] = "stop",
+        progress: bool | None = None,
+    ) -> list[Evaluation]:
+        """:meth:`score_many` in a thread. Cancelling the task ends the work after the batch that is being run."""
+        cancel = CancelToken()
+        try:
+            return await asyncio.to_thread(self._evaluate, rows, scores, finish_reason, progress, cancel)
+        except asyncio.CancelledError:
+            cancel.cancel()
+            raise
+
+    def confidence(self, generation: Generation) -> tuple[float | None, str | None]:
+        """How likely an answer is right that was written with ``features=``: nothing is computed again.
+
+        Returns:
+            the confidence in [0, 1] and None, or None and the reason why there is none.
+        """
+        return self._confidence(generation.scores)
+
+    # ------------------------------------------------------------------ parts
+
+    def _confidence(self, scores: Mapping[str, Score]) -> tuple[float | None, str | None]:
+        if self.calibrator is None:
+            return None, _NO_CALIBRATOR
+        return self.calibrator.confidence(scores)
+
+    def _evaluate(
+        self,
+        rows: Sequence[tuple[Prompt, Answer]],
+        scores: Sequence[str] | None,
+        finish_reason: FinishReason | Sequence[FinishReason],
+        progress: bool | None,
+        cancel: CancelToken | None,
+    ) -> list[Evaluation]:
+        asked = self.scores if scores is None else score_names(scores)
+        names = tuple(dict.fromkeys((*asked, *(self.calibrator.names if self.calibrator else ()))))
+        families = {SCORES[n].family for n in names}
+        if not rows:
+            return []
+        work = self._prepare(rows, finish_reason)
+        found = [{"length": Score(float(w.answer_length))} for w in work]
+        computed, seconds = [0] * len(work), [0.0] * len(work)
+        want: list[Want] = [w for w, f in _WANTS if f in families]
+        if want:
+            ids, start = [w.token_ids for w in work], [w.start for w in work]
+            began = time.perf_counter()
+            for batch, reading in self.engine.read(ids, start, want=want, progress=progress):
+                for place, scored in zip(
+                    batch, reading_scores(reading, [(work[i].start, len(ids[i])) for i in batch]), strict=True
+                ):
+                    found[place] |= scored
+                    computed[place] += len(ids[place]) - 1
+                now = time.perf_counter()
+                for place in batch:
+                    seconds[place] += now - began
+                began = now
+                if cancel is not None and cancel.cancelled:
+                    raise asyncio.CancelledError
+        if "p-true" in families:
+            began = time.perf_counter()
+            for place, (score, tokens) in enumerate(self._p_true(rows, work, progress)):
+                found[place]["p_true"] = score
+                computed[place] += tokens
+            spent = time.perf_counter() - began
+            seconds = [s + spent for s in seconds]
+        out = []
+        for w, every, tokens, took in zip(work, found, computed, seconds, strict=True):
+            confidence, reason = self._confidence(every)
+            usage = Usage(prompt=w.start, cached=0, computed=tokens, generated=w.answer_length)
+            out.append(Evaluation({n: every[n] for n in names}, confidence, reason, usage, took))
+        return out
+
+    def _prepare(
+        self, rows: Sequence[tuple[Prompt, Answer]], finish_reason: FinishReason | Sequence[FinishReason]
+    ) -> list[_Row]:
+        """Check and tokenize everything before anything is run."""
+        for index, row in enumerate(rows):
+            if isinstance(row, str) or not isinstance(row, Sequence) or len(row) != 2:
+                raise InvalidInputError(f"Row {index} is not a pair of prompt and answer.")
+        prompts, _ = as_prompts([prompt for prompt, _ in rows])
+        finish = [finish_reason] * len(rows) if isinstance(finish_reason, str) else list(finish_reason)
+        if len(finish) != len(rows) or not all(f in ("stop", "length", "cancelled") for f in finish):
+            raise InvalidInputError("finish_reason is stop, length or cancelled, for all rows or one for each row.")
+        answers = self._answers([answer for _, answer in rows], finish)
+        plain = self.engine.tokenize_texts([p if isinstance(p, str) else "" for p in prompts])
+        context = self.engine.info.context
+        work = []
+        for index, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
+            ids = plain[index] if isinstance(prompt, str) else self.engine.tokenize(prompt)
+            if not ids:
+                raise InvalidInputError(
+                    f"The prompt of row {index} is empty, so nothing stands before the answer's first token.",
+                    hint="Give the question that was answered, or a text such as a begin token.",
+                )
+            if len(ids) + len(answer) - 1 > context:
+                raise TextTooLongError(
+                    index,
+                    len(ids) + len(answer) - 1,
+                    context,
+                    hint="That is prompt and answer together, which the context must hold: shorten the prompt, or "
+                    "score the beginning of the answer with finish_reason='length'.",
+                )
+            work.append(_Row([*ids, *answer], len(ids)))
+        return work
+
+    def _answers(self, answers: list[Answer], finish: list[FinishReason]) -> list[list[int]]:
+        texts = self.engine.tokenize_texts([a if isinstance(a, str) else "" for a in answers], special_tokens=False)
+        end = self.engine.end_token
+        found = []
+        for index, answer in enumerate(answers):
+            if isinstance(answer, str):
+                ids = texts[index]
+                if ids and finish[index] == "stop" and end is not None:
+                    ids = [*ids, end]
+            else:
+                ids = self._given_ids(index, answer)
+            if not ids:
+                raise EmptyTextError(index)
+            found.append(ids)
+        return found
+
+    def _given_ids(self, index: int, answer: object) -> list[int]:
+        given = answer.token_ids if isinstance(answer, Generation) else answer
+        try:
+            ids = [operator.index(t) for t in given]  # type: ignore[attr-defined]
+        except TypeError as error:
+            raise InvalidInputError(
+                f"The answer of row {index} is {type(answer).__name__}, not a text, token ids or a Generation."
+            ) from error
+        outside = next((t for t in ids if not 0 <= t < self.engine.info.vocab_size), None)
+        if outside is not None:
+            raise InvalidInputError(
+                f"The answer of row {index} has token {outside}, and the model has 0 to "
+                f"{self.engine.info.vocab_size - 1}."
+            )
+        return ids
+
+    def _p_true(
+        self, rows: Sequence[tuple[Prompt, Answer]], work: Sequence[_Row], progress: bool | None
+    ) -> list[tuple[Score, int]]:
+        """The score of each row, and the tokens that went through the model for it."""
+        questions: dict[int, TrueQuestion] = {}
+        found: list[tuple[Score, int]] = [(Score(None, "not asked"), 0)] * len(rows)
+        context = self.engine.info.context
+        with progress_bar("Writing questions", len(rows), show=progress) as advance:
+            for index, ((prompt, answer), row) in enumerate(zip(rows, work, strict=True)):
+                asked = true_question(self.engine, prompt, self._text(answer, row))
+                if isinstance(asked, str):
+                    found[index] = Score(None, asked), 0
+                elif len(asked.token_ids) > context:
+                    reason = f"the question has {len(asked.token_ids)} tokens, and the context holds {context}"
+                    found[index] = Score(None, reason), 0
+                else:
+                    questions[index] = asked
+                advance(1)
+        if questions:
+            logprobs = self.engine.choice_logprobs(
+                [q.token_ids for q in questions.values()], [q.choices for q in questions.values()], progress=progress
+            )
+            for (index, asked), (true, false) in zip(questions.items(), logprobs.tolist(), strict=True):
+                found[index] = probability_of_first(true, false), len(asked.token_ids)
+        return found
+
+    def _text(self, answer: Answer, row: _Row) -> str:
+        if isinstance(answer, str):
+            return answer
+        if isinstance(answer, Generation):
+            return answer.text
+        return str(self.engine.tokenizer.decode(row.token_ids[row.start :], skip_special_tokens=True))
+
+
+@dataclass(frozen=True, slots=True)
+class _Row:
+    token_ids: list[int]
+    start: int
+
+    @property
+    def answer_length(self) -> int:
+        return len(self.token_ids) - self.start
+
+
+_WANTS: tuple[tuple[Want, str], ...] = (("kv", "kv-coe"), ("logits", "logits"), ("hidden", "hidden-coe"))
+
+
+def score_names(scores: Sequence[str]) -> tuple[str, ...]:
+    """Names of scores, with those of families spelled out.
+
+    Raises:
+        InvalidInputError: an unknown name; the message lists what there is.
+    """
+    if isinstance(scores, str):
+        scores = [scores]
+    names: list[str] = []
+    for name in scores:
+        if name in SCORES:
+            names.append(name)
+        elif name in _FAMILIES:
+            names.extend(family(name))
+        else:
+            raise InvalidInputError(
+                f"No score is named {name!r}.",
+                hint=f"There are: {', '.join(SCORES)}; and the families {', '.join(_FAMILIES)}.",
+            )
+    return tuple(dict.fromkeys(names))
