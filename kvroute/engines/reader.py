@@ -17,7 +17,14 @@ from kvroute.engines.memory import is_out_of_memory
 from kvroute.engines.prompts import PromptTokenizer
 from kvroute.engines.reading import Reading, Want, choice_logprobs_batch, prefill_batch, read_batch
 from kvroute.engines.sampling import end_tokens
-from kvroute.errors import EmptyTextError, InvalidInputError, OutOfMemoryError, TextTooLongError
+from kvroute.errors import (
+    EmptyTextError,
+    InvalidInputError,
+    NonFiniteCacheError,
+    OutOfMemoryError,
+    SpecError,
+    TextTooLongError,
+)
 from kvroute.generation import Prompt
 from kvroute.info import ModelInfo
 from kvroute.pooling import PoolingSpec, pool
@@ -95,19 +102,34 @@ class TransformersReader:
         own = getattr(self._tokenizer, "eos_token_id", None)
         return own if own in ends else min(ends, default=None)
 
-    def check_lengths(self, token_ids: Sequence[Sequence[int]], limit: int | None = None) -> None:
+    def check_lengths(
+        self, token_ids: Sequence[Sequence[int]], limit: int | None = None, *, hint: str | None = None
+    ) -> None:
         """Refuse texts that are empty or don't fit.
+
+        Args:
+            token_ids: the texts.
+            limit: tokens a text may have; the context by default.
+            hint: what to do about one that is longer.
 
         Raises:
             EmptyTextError: naming the index.
             TextTooLongError: naming the index and the length.
+            InvalidInputError: a token that the model does not have, naming the index.
         """
         limit = self._info.context if limit is None else limit
         for index, ids in enumerate(token_ids):
             if len(ids) == 0:
                 raise EmptyTextError(index)
             if len(ids) > limit:
-                raise TextTooLongError(index, len(ids), limit)
+                raise TextTooLongError(index, len(ids), limit, hint=hint)
+            low, high = min(ids), max(ids)
+            if low < 0 or high >= self._info.vocab_size:
+                raise InvalidInputError(
+                    f"Text {index} holds token {low if low < 0 else high}, and {self._info.name} has "
+                    f"{self._info.vocab_size} tokens.",
+                    hint="Use the tokenizer that the model was trained with.",
+                )
 
     # ------------------------------------------------------------------ prefill
 
@@ -134,12 +156,12 @@ class TransformersReader:
             indices of the batch's texts, and the view of their cache, valid until the next one.
 
         Raises:
-            EmptyTextError, TextTooLongError: before anything runs.
+            EmptyTextError, TextTooLongError, SpecError: before anything runs.
             OutOfMemoryError: a single text does not fit the memory.
         """
         self.check_lengths(token_ids)
         lengths = [len(ids) for ids in token_ids]
-        keep = frozenset(range(self._info.num_layers) if layers is None else layers)
+        keep = self._kept(layers)
 
         def run(batch: list[int]) -> KVView:
             return prefill_batch(self.model, [token_ids[i] for i in batch], keep, padding)
@@ -178,7 +200,7 @@ class TransformersReader:
         """
         self.check_lengths([ids[s:] if s >= 1 else [] for ids, s in zip(token_ids, start, strict=True)])
         self.check_lengths([ids[:-1] for ids in token_ids])
-        keep = frozenset(range(self._info.num_layers) if layers is None else layers)
+        keep = self._kept(layers)
 
         def run(batch: list[int]) -> Reading:
             chosen = [token_ids[i] for i in batch], [start[i] for i in batch]
@@ -213,6 +235,17 @@ class TransformersReader:
             found[batch] = logprobs.numpy()
         return found
 
+    def _kept(self, layers: Sequence[int] | None) -> frozenset[int]:
+        """The layers to keep: all by default."""
+        every = frozenset(range(self._info.num_layers))
+        keep = every if layers is None else frozenset(layers)
+        if not keep or not keep <= every:
+            raise SpecError(
+                f"Layers {sorted(keep)} were asked for, and {self._info.name} has {len(every)} attention layers.",
+                hint=f"Use 0 to {len(every) - 1}.",
+            )
+        return keep
+
     def _batched(
         self, lengths: Sequence[int], run: Callable[[list[int]], T], label: str, progress: bool | None
     ) -> Iterator[tuple[list[int], T]]:
@@ -239,7 +272,8 @@ class TransformersReader:
                 del result
                 advance(len(batch))
 
-    def _halve_budget(self, lengths: Sequence[int], pending: list[list[int]]) -> list[list[int]]:
+    def _halve_budget(self, lengths: Sequence[int], pending: list[list[int]], share: int = 1) -> list[list[int]]:
+        """Plan what is left anew, with half the budget, of which a batch may take ``share`` times the tokens."""
         self.token_budget = max(1, self.token_budget // 2)
         warnings.warn(
             f"Out of memory: the token budget is halved to {self.token_budget} tokens a batch.",
@@ -249,7 +283,7 @@ class TransformersReader:
         if self.model.device.type == "cuda":
             torch.cuda.empty_cache()
         rest = [i for batch in pending for i in batch]
-        return [[rest[i] for i in b] for b in plan_batches([lengths[i] for i in rest], self.token_budget)]
+        return [[rest[i] for i in b] for b in plan_batches([lengths[i] for i in rest], self.token_budget * share)]
 
     def pool(
         self,
@@ -285,7 +319,11 @@ class TransformersReader:
                 if spec.weights == "sif":
                     table = self.sif_weights(spec.sif_a) if given is None else given
                     weights = [table[torch.as_tensor(token_ids[i], device=table.device)] for i in batch]
-                pooled = pool(view, spec, num_layers=self._info.num_layers, sif_weights=weights)
+                try:
+                    pooled = pool(view, spec, num_layers=self._info.num_layers, sif_weights=weights)
+                except NonFiniteCacheError as error:  # name the text, not its place in the batch
+                    place = batch[error.sequence]
+                    raise NonFiniteCacheError(place, error.layer, error.position, error.part) from error
                 vectors[batch] = pooled.float().cpu().numpy()
         return out
 

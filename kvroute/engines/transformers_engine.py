@@ -14,12 +14,16 @@ from kvroute.engines.decoding import DecodeSession, Prefix
 from kvroute.engines.loading import load_model
 from kvroute.engines.memory import is_out_of_memory
 from kvroute.engines.reader import TransformersReader
+from kvroute.engines.sampling import random_streams
 from kvroute.engines.slab import SlabCache
 from kvroute.engines.threads import in_thread
-from kvroute.errors import InvalidInputError, OutOfMemoryError, TextTooLongError, UnsupportedModelError
+from kvroute.errors import InvalidInputError, OutOfMemoryError, UnsupportedModelError
 from kvroute.features import FeaturePlan, Features, plan_features
 from kvroute.generation import CancelToken, Generation, GenerationChunk, Message, Prompt, SamplingOptions, as_prompts
 from kvroute.progress import progress_bar
+
+_SHARE = 4
+"""Tokens of prompts and answers that are written together, by the tokens of a prefill: a step computes few of them."""
 
 
 class TransformersEngine(TransformersReader):
@@ -106,7 +110,7 @@ class TransformersEngine(TransformersReader):
             self.model.get_decoder()(
                 input_ids=torch.tensor([ids], device=self.model.device), past_key_values=cache, use_cache=True
             )
-        return Prefix(tuple(ids), cache)
+        return Prefix(tuple(ids), cache, self._info.fingerprint, self._info.name)
 
     @overload
     def generate(
@@ -171,10 +175,11 @@ class TransformersEngine(TransformersReader):
 
         Raises:
             EmptyTextError, TextTooLongError, SpecError, ChatTemplateError, InvalidInputError: before anything runs.
+            ModelMismatchError: the prefix is another model's.
             OutOfMemoryError: a single prompt does not fit the memory.
         """
         listed, single = as_prompts(prompts)
-        run = self._plan(listed, features, options, sampling)
+        run = self._plan(listed, features, options, prefix, sampling)
         found: dict[int, Generation] = {}
         show = False if single else progress
         with progress_bar("Writing answers", len(listed), show=show) as advance:
@@ -196,15 +201,17 @@ class TransformersEngine(TransformersReader):
     ) -> Iterator[GenerationChunk]:
         """:meth:`generate`, piece by piece. The last piece of each answer carries its whole ``generation``.
 
-        Closing the iterator ends the work. Arguments are checked at the call, before the first piece.
+        Closing the iterator ends the work. Arguments are checked at the call, before the first piece. Pieces can't be
+        taken back, so memory that runs out while a stream is written is an OutOfMemoryError; :meth:`generate` writes
+        those answers again in smaller batches.
         """
         listed, _ = as_prompts(prompts)
-        run = self._plan(listed, features, options, sampling)
+        run = self._plan(listed, features, options, prefix, sampling)
         return self._run(*run, prefix=prefix, cancel=cancel, follow_text=True)
 
     async def agenerate(self, prompts: Any, **kwargs: Any) -> Generation | list[Generation]:
         """:meth:`generate` in a thread. Cancelling the task ends the work."""
-        cancel = kwargs.pop("cancel", None) or CancelToken()
+        cancel = CancelToken(kwargs.pop("cancel", None))
         try:
             return await asyncio.to_thread(lambda: self.generate(prompts, cancel=cancel, **kwargs))
         except asyncio.CancelledError:
@@ -213,12 +220,17 @@ class TransformersEngine(TransformersReader):
 
     async def astream(self, prompts: Any, **kwargs: Any) -> AsyncIterator[GenerationChunk]:
         """:meth:`stream` in a thread. Leaving the loop or cancelling the task ends the work."""
-        cancel = kwargs.pop("cancel", None) or CancelToken()
+        cancel = CancelToken(kwargs.pop("cancel", None))
         async for chunk in in_thread(self.stream(prompts, cancel=cancel, **kwargs), cancel):
             yield chunk
 
     def _plan(
-        self, prompts: list[Prompt], features: Features, options: SamplingOptions | None, sampling: dict[str, Any]
+        self,
+        prompts: list[Prompt],
+        features: Features,
+        options: SamplingOptions | None,
+        prefix: Prefix | None,
+        sampling: dict[str, Any],
     ) -> tuple[list[list[int]], FeaturePlan, SamplingOptions]:
         """Check everything before anything runs."""
         if options is not None and sampling:
@@ -226,22 +238,26 @@ class TransformersEngine(TransformersReader):
         if isinstance(sampling.get("stop"), str):
             sampling["stop"] = (sampling["stop"],)
         chosen = options or SamplingOptions(**sampling)
+        if prefix is not None:
+            self._info.require(prefix.fingerprint, "The prefix", prefix.name)
         plan = plan_features(features)
         for _, spec in plan.pooled.values():
             spec.dimension(self._info)
         if plan.chain is not None:
             plan.chain.resolve(self._info.num_layers)
         ids = [self.tokenize(p) for p in prompts]
-        self.check_lengths(ids, self._info.context - 1)
-        for index, prompt in enumerate(ids):
-            if len(prompt) + chosen.max_tokens > self._info.context + 1:
-                raise TextTooLongError(
-                    index,
-                    len(prompt),
-                    self._info.context + 1 - chosen.max_tokens,
-                    hint=f"The context holds {self._info.context} tokens, prompt and answer together: "
-                    f"shorten the prompt, or lower max_tokens ({chosen.max_tokens}).",
-                )
+        context = self._info.context
+        if chosen.max_tokens > context:
+            raise InvalidInputError(
+                f"max_tokens={chosen.max_tokens} was asked for, and the context holds {context} tokens.",
+                hint="Lower max_tokens.",
+            )
+        self.check_lengths(
+            ids,
+            context + 1 - chosen.max_tokens,  # the last token of an answer is never run
+            hint=f"The context holds {context} tokens, prompt and answer together: shorten the prompt, or lower "
+            f"max_tokens ({chosen.max_tokens}).",
+        )
         return ids, plan, chosen
 
     def _run(
@@ -255,14 +271,16 @@ class TransformersEngine(TransformersReader):
         follow_text: bool,
     ) -> Iterator[GenerationChunk]:
         lengths = [len(p) + options.max_tokens for p in prompts]
-        pending = plan_batches(lengths, self.token_budget * 4)
+        streams = random_streams(prompts)
+        pending = plan_batches(lengths, self.token_budget * _SHARE)
         while pending:
             batch = pending.pop(0)
+            left = set(batch)
             session = DecodeSession(
                 self.model,
                 self._tokenizer,
                 [prompts[i] for i in batch],
-                batch,
+                [streams[i] for i in batch],
                 options,
                 plan,
                 num_layers=self._info.num_layers,
@@ -271,20 +289,26 @@ class TransformersEngine(TransformersReader):
                 follow_text=follow_text,
             )
             try:
-                with torch.inference_mode():
-                    session.prefill()
+                if cancel is None or not cancel.cancelled:
+                    with torch.inference_mode():
+                        session.prefill()
+                for chunk in self._write(session, batch, cancel):
+                    if chunk.generation is not None:
+                        left.discard(chunk.index)
+                    yield chunk
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error):
                     raise
-                if len(batch) == 1:
+                if len(left) == 1 or (follow_text and session.prefilled):
+                    first = min(left)
                     raise OutOfMemoryError(
-                        f"Prompt {batch[0]} with {len(prompts[batch[0]])} tokens does not fit the memory.",
-                        hint="Shorten it, or load the model in bfloat16.",
+                        f"Prompt {first} with {len(prompts[first])} tokens, or its answer, does not fit the memory.",
+                        hint="Shorten it, lower max_tokens, ask for fewer at once, or load the model in bfloat16.",
                     ) from error
-                session.active = []
-                pending = self._halve_budget(lengths, [batch, *pending])
+            else:
                 continue
-            yield from self._write(session, batch, cancel)
+            del session
+            pending = self._halve_budget(lengths, [[i for i in batch if i in left], *pending], _SHARE)
 
     def _write(self, session: DecodeSession, batch: list[int], cancel: CancelToken | None) -> Iterator[GenerationChunk]:
         while session.active:
