@@ -24,13 +24,13 @@ FinishReason = Literal["stop", "length", "cancelled"]
 class SamplingOptions(_Spec):
     """How an answer is written."""
 
-    max_tokens: int = Field(default=256, ge=1)
+    max_tokens: int = Field(default=256, ge=1, strict=True)
     """At most so many tokens."""
     temperature: float = Field(default=0.0, ge=0, allow_inf_nan=False)
     """0 takes the likeliest token (greedy)."""
     top_p: float = Field(default=1.0, gt=0, le=1)
     """Sample from the likeliest tokens that hold this much probability together."""
-    seed: int | None = Field(default=None, ge=0, lt=2**63)
+    seed: int | None = Field(default=None, ge=0, lt=2**63, strict=True)
     """Fixes the sampling. Each prompt has a random stream of its own, made from the seed, its tokens and, where equal
     prompts are asked together, its place among them: an answer does not depend on other prompts or their order."""
     stop: tuple[str, ...] = ()

@@ -12,11 +12,11 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal, Self
 
 import torch
-from kvroute_kernels import KVView, KVViewError, WindowError, paged_pool
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from torch import Tensor
 
 from kvroute.errors import InvalidInputError, NonFiniteCacheError, SpecError, WindowedLayerError
+from kvroute_kernels import KVView, KVViewError, WindowError, paged_pool
 
 if TYPE_CHECKING:
     from kvroute.info import ModelInfo
@@ -75,7 +75,7 @@ def check_layers(value: Any) -> Any:
         if not _LAYER_WORD.fullmatch(value):
             raise ValueError(f"{value!r} is none of 'all', 'last:4', 'first:8', indices such as [3, 4], or 0.5")
         return value
-    if isinstance(value, Sequence):
+    if isinstance(value, Sequence) and not isinstance(value, bytes):
         if len(value) == 0:
             raise ValueError("name at least one layer")
         if any(isinstance(v, bool) or not isinstance(v, int) for v in value):
@@ -130,7 +130,7 @@ class PoolingSpec(_Spec):
     """Keys, values, or keys and then values side by side."""
     tokens: Literal["mean", "sum", "last", "first"] = "mean"
     """How tokens are reduced; ``last`` and ``first`` take one token."""
-    window: int | None = Field(default=None, ge=1)
+    window: int | None = Field(default=None, ge=1, strict=True)
     """Only the last N tokens, for ``mean`` and ``sum``."""
     weights: Literal["position", "sif"] | None = None
     """Weights of a ``mean``: ``position`` weighs token t (from 0) by t + 1, as SGPT does (arXiv 2202.08904, section
