@@ -35,6 +35,8 @@ from kvroute_kernels import (
     token_vectors,
 )
 
+_NOT_FINITE = "the chain holds values that are not finite"
+
 _PIECES = 64
 """Small tensors that CoE-C's floats may lie in before they are joined: a tensor costs more than what is in it."""
 
@@ -74,6 +76,8 @@ def chain_scores(chain: Tensor) -> ChainScores:
     z = chain.double()
     if z.shape[0] < 3:
         return _no_score(_too_short(z.shape[0]))
+    if not bool(torch.isfinite(z).all()):
+        return _no_score(_NOT_FINITE)
     magnitudes = torch.linalg.vector_norm(z[1:] - z[:-1], dim=1)
     angles = angle_between(z[1:], z[:-1])
     return _scores(magnitudes, angles, z[0], z[-1], bool(torch.isnan(angles).any()))
@@ -94,7 +98,7 @@ def _scores(magnitudes: Tensor, angles: Tensor, first: Tensor, last: Tensor, deg
     span = float(torch.linalg.vector_norm(last - first))
     turn = float(angle_between(last, first))
     if not math.isfinite(span) or not math.isfinite(turn):
-        return _no_score("the chain holds values that are not finite")
+        return _no_score(_NOT_FINITE)
     if span == 0.0:
         return _no_score("the chain ends where it began")
     if turn == 0.0:
@@ -104,7 +108,7 @@ def _scores(magnitudes: Tensor, angles: Tensor, first: Tensor, last: Tensor, deg
     r = float(m.mean() - a.mean())
     c = float(torch.hypot((m * torch.cos(a)).mean(), (m * torch.sin(a)).mean()))
     if not math.isfinite(r) or not math.isfinite(c):
-        return _no_score("the chain holds values that are not finite")
+        return _no_score(_NOT_FINITE)
     return ChainScores(Score(r), Score(c))
 
 
