@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import HYBRID, STANDARD, build_model, build_tokenizer
 from transformers import PreTrainedTokenizerFast
 
 from kvroute import TransformersEngine
+from tiny_models import HYBRID, STANDARD, build_model, build_tokenizer
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from kvroute_kernels import ChainTensors, KVView, angle_between, chain_step, token_vectors
 
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from kvroute_kernels import KVView, KVViewError, WindowError, paged_pool, token_vectors
 from kvroute_kernels.ordered_sum import ordered_sum
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from kvroute_kernels import KVGroup, KVView, KVViewError, PageTable, WindowError
 
 

@@ -162,13 +162,13 @@ def test_degenerate_chains_have_a_reason_and_no_score() -> None:
         ([zero, a, b], "a vector of the chain is zero"),
         ([a, b, zero], "a vector of the chain is zero"),
         ([a, b * float("inf"), b], "not finite"),
-        ([a, b, b * float("nan")], "zero|not finite"),
+        ([a, b, b * float("nan")], "not finite"),
         ([a], "has 1 vectors"),
     ]:
         scores = chain_scores(torch.stack(chain))
         for score in (scores.r, scores.c):
             assert score.value is None
-            assert any(r in str(score.reason) for r in reason.split("|")), score.reason
+            assert reason in str(score.reason)
         if torch.isfinite(torch.stack(chain)).all():
             state = ChainState()
             z = torch.stack(chain)[None, :, None]
@@ -225,7 +225,7 @@ def test_what_does_not_fit_is_refused() -> None:
     before = values_of(state)
     with pytest.raises(SpecError, match="numbers"):
         state.update(keys[:, :, :2], values[:, :, :2])
-    with pytest.raises(SpecError, match="no layer 3"):
+    with pytest.raises(SpecError, match="no layer 2"):
         state.update(keys[:2], values[:2])
     with pytest.raises(SpecError, match="one answer"):
         ChainState(2).update(keys, values)

@@ -10,12 +10,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-import reference
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny_models import VOCAB, build_model, build_tokenizer
 
+import reference
 from kvroute import (
     ChainSpec,
     ChatTemplateError,
@@ -31,6 +30,7 @@ from kvroute import (
     UnsupportedModelError,
     pool,
 )
+from tiny_models import VOCAB, build_model, build_tokenizer
 
 SPECS = [
     PoolingSpec(layers="all"),
