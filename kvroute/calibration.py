@@ -159,9 +159,9 @@ class ConfidenceCalibrator(Frozen):
         """Fit on rows as files hold them.
 
         Args:
-            rows: each with ``correct`` (true or false) and either ``scores`` (values by name, as
-                :meth:`Evaluation.to_dict` gives them) or ``prompt`` and ``answer``, which the engine scores first. Rows
-                with the same ``prompt`` share a fold.
+            rows: each with ``correct`` (true or false) and ``scores`` (values by name, as :meth:`Evaluation.to_dict`
+                gives them), or else ``prompt`` and ``answer``, which the engine scores first. Rows with the same
+                ``prompt`` share a fold.
             engine: the model, for rows without scores.
             info: what the scores come from, where there is no engine.
             names, method, folds, seed: as in :meth:`fit`; names of families are taken too.
@@ -181,9 +181,12 @@ class ConfidenceCalibrator(Frozen):
             if not isinstance(row, Mapping) or "correct" not in row:
                 raise CalibrationError(f"Row {index} does not say whether its answer is correct.", hint=_ROW)
             correct.append(_as_bool(index, row["correct"]))
-            if not isinstance(row.get("scores"), Mapping):
-                if "prompt" not in row or "answer" not in row:
+            given, askable = row.get("scores"), "prompt" in row and "answer" in row
+            if not isinstance(given, Mapping):
+                if not askable:
                     raise CalibrationError(f"Row {index} has neither scores nor prompt and answer.", hint=_ROW)
+                unscored.append(index)
+            elif engine is not None and askable and any(n not in given for n in chosen or ()):
                 unscored.append(index)
         if unscored and engine is None:
             raise CalibrationError(

@@ -7,6 +7,7 @@ said otherwise. The LM head sees the positions whose logits are asked for, a few
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -138,8 +139,9 @@ def _run(
         mask = (slots >= pads[:, None]).long()
         positions = (slots - pads[:, None]).clamp_min(0)
     output = None
+    decoder = _twin(model.get_decoder()) if hidden_states else model.get_decoder()
     with suppress(StopForwardError):
-        output = model.get_decoder()(
+        output = decoder(
             input_ids=torch.tensor(rows, device=device),
             attention_mask=mask,
             position_ids=positions,
@@ -148,6 +150,16 @@ def _run(
             **({"output_hidden_states": True} if hidden_states else {}),
         )
     return lengths, pads, output
+
+
+def _twin(decoder: nn.Module) -> nn.Module:
+    """New modules around the same tensors.
+
+    transformers hooks itself into the layers of a model that is asked for hidden states, and stays there; the user's
+    model is to be as it was.
+    """
+    shared = {id(t): t for t in itertools.chain(decoder.parameters(), decoder.buffers())}
+    return copy.deepcopy(decoder, {**shared, id(decoder.config): decoder.config})
 
 
 # ------------------------------------------------------------------ LM head
