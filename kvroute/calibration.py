@@ -30,6 +30,7 @@ FOLDER_VARIABLE = "KVROUTE_CALIBRATORS"
 
 _KIND = "kvroute.confidence"
 _MIN_ROWS = 20
+_LARGEST = 1e100
 
 
 class ConfidenceCalibrator(Frozen):
@@ -232,9 +233,12 @@ class ConfidenceCalibrator(Frozen):
             if value is None:
                 reason = score.reason if isinstance(score, Score) else "it has no value"
                 return None, f"the answer has no {name}: {reason}"
-            if isinstance(value, bool) or not isinstance(value, int | float | np.number):
+            if isinstance(value, bool) or not isinstance(value, int | float | np.integer | np.floating):
                 return None, f"the score {name} is not a number"
-            values.append(float(value))
+            try:
+                values.append(float(value))
+            except OverflowError:  # an integer past any float
+                return None, f"the score {name} is not finite"
             if not math.isfinite(values[-1]):
                 return None, f"the score {name} is not finite"
         return float(self.map(np.array([values]))[0]), None
@@ -342,13 +346,17 @@ def _as_float(index: int, name: str, value: object) -> float:
         value = value.value
     if value is None:
         return math.nan
-    if isinstance(value, bool) or not isinstance(value, int | float | np.number):
+    if isinstance(value, bool) or not isinstance(value, int | float | np.integer | np.floating):
         raise CalibrationError(f"The score {name} of row {index} is {value!r}, not a number.")
     try:
         number = float(value)
     except (OverflowError, TypeError) as error:
-        raise CalibrationError(f"The score {name} of row {index} is too large.") from error
-    return number if math.isfinite(number) else math.nan
+        raise CalibrationError(f"The score {name} of row {index} is {value!r}, not a real number.") from error
+    if not math.isfinite(number):
+        return math.nan
+    if abs(number) > _LARGEST:  # its square, a variance, must be finite
+        raise CalibrationError(f"The score {name} of row {index} is {number}, too large to be one.")
+    return number
 
 
 def _check_enough(truth: Bools, left_out: int, folds: int) -> None:

@@ -8,8 +8,6 @@ from typing import Annotated, Any, Literal, Self
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from kvroute.errors import CalibrationError
-
 _LIMIT = 1e3
 """Standardised scores are cut here, so that no input overflows."""
 
@@ -90,21 +88,14 @@ def _standardized(x: Floats, means: Floats, scales: Floats) -> Floats:
 
 
 def fit_map(x: Floats, truth: Bools, method: str) -> LogisticMap | IsotonicMap:
-    """Fit ``[n, size]`` scores to ``[n]`` whether the answer is right.
-
-    Raises:
-        CalibrationError: values too large to be standardised.
-    """
+    """Fit ``[n, size]`` scores to ``[n]`` whether the answer is right."""
     return _fit_isotonic(x[:, 0], truth) if method == "isotonic" else _fit_logistic(x, truth)
 
 
 def _fit_logistic(x: Floats, truth: Bools) -> LogisticMap:
     from sklearn.linear_model import LogisticRegression
 
-    with np.errstate(over="ignore", invalid="ignore"):
-        means, scales = x.mean(axis=0), x.std(axis=0)
-    if not (np.isfinite(means).all() and np.isfinite(scales).all()):
-        raise CalibrationError("A score has values too large to be standardised.", hint="Look at the rows.")
+    means, scales = x.mean(axis=0), x.std(axis=0)
     scales = np.where(scales > 0, scales, 1.0)  # a score that is always the same says nothing
     fitted = LogisticRegression(max_iter=1000).fit(_standardized(x, means, scales), truth)
     return LogisticMap(
@@ -122,7 +113,8 @@ def _fit_isotonic(x: Floats, truth: Bools) -> IsotonicMap:
     fitted = IsotonicRegression(y_min=0.0, y_max=1.0, increasing=bool(higher), out_of_bounds="clip").fit(
         x, truth.astype(np.float64)
     )
-    confidences = np.clip(np.asarray(fitted.y_thresholds_, dtype=np.float64), 0.0, 1.0)
+    ordered = np.maximum.accumulate if higher else np.minimum.accumulate  # rounding must not break the order
+    confidences = ordered(np.clip(np.asarray(fitted.y_thresholds_, dtype=np.float64), 0.0, 1.0))
     return IsotonicMap(
         direction="higher" if higher else "lower",
         scores=tuple(np.asarray(fitted.X_thresholds_, dtype=np.float64).tolist()),

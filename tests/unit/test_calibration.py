@@ -158,6 +158,8 @@ def test_rows_without_a_score_are_left_out_and_said(info: ModelInfo) -> None:
         ([{"length": 1.0}] * 50, [True] * 50, "50 right and 0 wrong .* 5 right and 5 wrong"),
         ([{"length": None}] * 50, [True] * 25 + [False] * 25, r"0 right and 0 wrong answers with scores \(50 more"),
         ([{"length": "a"}] * 50, [True] * 25 + [False] * 25, "length of row 0 is 'a', not a number"),
+        ([{"length": 10**400}] * 50, [True] * 25 + [False] * 25, "length of row 0 is 1000.*, not a real number"),
+        ([{"length": -1e101}] * 50, [True] * 25 + [False] * 25, "length of row 0 is -1e.101, too large"),
         ([{"lenght": 1.0}] * 50, [True] * 25 + [False] * 25, "No score is named 'lenght'.*length"),
         ([{"length": 1.0}] * 50, [True] * 25 + ["no"] * 25, "'correct' of row 25 is 'no'"),
         ([{"length": 1.0}] * 50, [True] * 25, "50 rows of scores, and 25"),
@@ -183,6 +185,8 @@ def test_no_confidence_without_its_scores(info: ModelInfo) -> None:
         ({"length": 3.0, "mean_logprob": Score(None, "it is short")}, "the answer has no mean_logprob: it is short"),
         ({"length": None, "mean_logprob": -1.0}, "the answer has no length"),
         ({"length": math.inf, "mean_logprob": -1.0}, "length is not finite"),
+        ({"length": 10**400, "mean_logprob": -1.0}, "length is not finite"),
+        ({"length": 1j, "mean_logprob": -1.0}, "length is not a number"),
         ({"length": "long", "mean_logprob": -1.0}, "length is not a number"),
     ]
     for scores, reason in cases:
