@@ -29,8 +29,6 @@ from kvroute.errors import (
 )
 
 if TYPE_CHECKING:
-    from kvroute_kernels import KVView
-
     from kvroute.calibration import ConfidenceCalibrator
     from kvroute.chains import ChainScores, ChainSpec, ChainState, chain_scores
     from kvroute.embedder import KVEmbedder
@@ -51,6 +49,7 @@ if TYPE_CHECKING:
     from kvroute.scores import SCORES, Score, ScoreInfo
     from kvroute.self_evaluation import Evaluation, SelfEvaluator
     from kvroute.token_weights import FrequencyTable
+    from kvroute_kernels import KVView
 
 _LAZY = {
     "CancelToken": "kvroute.generation",

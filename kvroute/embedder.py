@@ -157,6 +157,14 @@ class KVEmbedder:
             return torch.from_numpy(np.ascontiguousarray(found))
         return found
 
+    def check(
+        self, texts: str | Sequence[str], *, prompt_name: str | None = None, prompt: str | None = None,
+        truncate: bool | None = None,
+    ) -> None:  # fmt: skip
+        """Raise what :meth:`encode` would raise for these texts, without running the model."""
+        before = self._prompt(prompt_name, prompt)
+        self._tokenize(_as_texts(texts), before, self.truncate if truncate is None else truncate)
+
     def encode_query(self, texts: str | Sequence[str], **kwargs: Any) -> Any:
         """:meth:`encode` with the prompt ``query``, if there is one."""
         return self.encode(texts, **self._named("query", kwargs))

@@ -1,0 +1,210 @@
+"""``kvroute embed``: texts in a file to vectors in a file."""
+
+from __future__ import annotations
+
+import io
+import json
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from kvroute.cli.common import (
+    CHUNK,
+    Device,
+    Dtype,
+    Force,
+    Json,
+    Model,
+    Quiet,
+    Restart,
+    load_engine,
+    load_spec,
+    print_json,
+    show_progress,
+)
+from kvroute.errors import EmptyTextError, InvalidInputError, MissingExtraError, TextTooLongError
+from kvroute.rows import PartialRun, digest_of, parse_jsonl, parse_lines, read_text, text_field
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from kvroute import KVEmbedder
+
+_FORMATS = (".npy", ".jsonl", ".parquet")
+
+
+def command(
+    file: Annotated[str, typer.Argument(help="Texts, one a line, or JSON Lines; - for standard input.")],
+    out: Annotated[
+        str, typer.Option("--out", "-o", help=".npy, .jsonl or .parquet; - for JSON Lines on stdout.")
+    ] = "-",
+    model: Model = "smollm2",
+    spec: Annotated[str, typer.Option(help="A preset, or a JSON file with a PoolingSpec.")] = "best",
+    embedder: Annotated[Path | None, typer.Option(help="Folder with a saved KVEmbedder, instead of --spec.")] = None,
+    field: Annotated[str, typer.Option(help="The text's field, in JSON Lines.")] = "text",
+    jsonl: Annotated[bool, typer.Option("--jsonl", help="The input is JSON Lines, whatever its name.")] = False,
+    prompt: Annotated[str | None, typer.Option(help="A text to put before each.")] = None,
+    truncate: Annotated[bool, typer.Option("--truncate", help="Cut texts past the context.")] = False,
+    normalize: Annotated[bool, typer.Option("--normalize", help="Vectors of unit length.")] = False,
+    skip_empty: Annotated[bool, typer.Option("--skip-empty", help="Pass over blank lines.")] = False,
+    dtype: Dtype = "auto",
+    device: Device = None,
+    restart: Restart = False,
+    force: Force = False,
+    quiet: Quiet = False,
+    as_json: Json = False,
+) -> None:
+    """Embed the texts of a file. A run that is killed goes on where it was when it is started again."""
+    suffix = ".jsonl" if out == "-" else Path(out).suffix
+    if suffix not in _FORMATS:
+        raise InvalidInputError(f"{out!r} ends in none of {', '.join(_FORMATS)}.")
+    if suffix == ".parquet":
+        _pyarrow()
+    ids, texts, skipped = _read(file, field, jsonl, skip_empty)
+    from kvroute import KVEmbedder
+
+    engine = load_engine(model, dtype, device)
+    made = KVEmbedder.load(embedder, engine) if embedder is not None else KVEmbedder(engine, load_spec(spec))
+    began = time.perf_counter()
+    _check(made, file, texts, prompt, truncate)
+
+    def chunk(start: int, stop: int) -> np.ndarray[Any, np.dtype[np.float32]]:
+        return made.encode(
+            texts[start:stop], prompt=prompt, truncate=truncate, normalize=normalize or None, progress=False
+        )
+
+    from kvroute.progress import progress_bar
+
+    if out == "-":
+        with progress_bar("Embedding", len(texts), show=show_progress(quiet)) as advance:
+            for start in range(0, len(texts), CHUNK):
+                stop = min(start + CHUNK, len(texts))
+                sys.stdout.write(_jsonl(ids, start, chunk(start, stop)).decode())
+                advance(stop - start)
+        return
+    identity = {
+        "command": "embed",
+        "input": digest_of([ids, texts]),
+        "fingerprint": engine.info.fingerprint,
+        "dtype": engine.info.dtype,
+        "spec": made.spec.model_dump(mode="json"),
+        "fitted": None if made.postprocess is None else digest_of([made.postprocess.transform(_probe(made)).tolist()]),
+        "frequencies": None if made.frequencies is None else digest_of([made.frequencies.frequencies.tolist()]),
+        "prompt": prompt,
+        "truncate": truncate,
+        "normalize": normalize,
+        "format": suffix,
+    }
+    with PartialRun(Path(out), identity, len(texts), chunk=CHUNK, restart=restart, force=force) as run:
+        missing = run.missing
+        resumed = len(texts) - sum(stop - start for start, stop in missing)
+        with progress_bar("Embedding", len(texts), show=show_progress(quiet)) as advance:
+            advance(resumed)
+            for start, stop in missing:
+                vectors = chunk(start, stop)
+                run.write(start, _jsonl(ids, start, vectors) if suffix == ".jsonl" else _npy(vectors))
+                advance(stop - start)
+        if suffix == ".npy":
+            run.finish(_join_npy)
+        elif suffix == ".parquet":
+            run.finish(lambda chunks: _join_parquet(chunks, ids))
+        else:
+            run.finish()
+    done = {
+        "texts": len(texts),
+        "dimension": made.dimension,
+        "out": out,
+        "resumed": resumed,
+        "skipped_blank_lines": skipped,
+        "seconds": time.perf_counter() - began,
+    }
+    if as_json:
+        print_json(done)
+    else:
+        note = f" ({resumed} were there already)" if resumed else ""
+        blank = f" {skipped} blank lines were skipped." if skipped else ""
+        typer.echo(f"{len(texts)} vectors of {made.dimension} numbers in {out}{note}.{blank}", err=True)
+
+
+def _read(file: str, field: str, jsonl: bool, skip_empty: bool) -> tuple[list[Any], list[str], int]:
+    text = read_text(file, sys.stdin.buffer)
+    if jsonl or Path(file).suffix in (".jsonl", ".ndjson"):
+        rows = parse_jsonl(text, file)
+        texts = [text_field(row, field, file, number) for number, row in rows]
+        ids, skipped = [row.get("id", i) for i, (_, row) in enumerate(rows)], 0
+    else:
+        texts, skipped = parse_lines(text, file, skip_empty=skip_empty)
+        ids = list(range(len(texts)))
+    if not texts:
+        raise InvalidInputError(f"{file} holds no text.")
+    return ids, texts, skipped
+
+
+def _check(embedder: KVEmbedder, file: str, texts: list[str], prompt: str | None, truncate: bool) -> None:
+    """Find a text that can't be embedded before any work is done."""
+    for start in range(0, len(texts), 4096):
+        try:
+            embedder.check(texts[start : start + 4096], prompt=prompt, truncate=truncate)
+        except (EmptyTextError, TextTooLongError) as error:
+            raise InvalidInputError(f"{file}, text {start + error.index} (from 0): {error}") from error
+
+
+def _probe(embedder: KVEmbedder) -> np.ndarray[Any, Any]:
+    import numpy as np
+
+    assert embedder.postprocess is not None
+    return np.eye(1, embedder.postprocess.input_dimension, dtype=np.float32)
+
+
+def _jsonl(ids: list[Any], start: int, vectors: np.ndarray[Any, Any]) -> bytes:
+    lines = [
+        json.dumps({"id": ids[start + i], "embedding": [float(x) for x in vector]}) for i, vector in enumerate(vectors)
+    ]
+    return ("\n".join(lines) + "\n").encode()
+
+
+def _npy(vectors: np.ndarray[Any, Any]) -> bytes:
+    import numpy as np
+
+    buffer = io.BytesIO()
+    np.save(buffer, np.ascontiguousarray(vectors, dtype=np.float32), allow_pickle=False)
+    return buffer.getvalue()
+
+
+def _load(chunks: Iterable[bytes]) -> np.ndarray[Any, Any]:
+    import numpy as np
+
+    return np.concatenate([np.load(io.BytesIO(c), allow_pickle=False) for c in chunks])
+
+
+def _join_npy(chunks: Iterator[bytes]) -> list[bytes]:
+    return [_npy(_load(chunks))]
+
+
+def _join_parquet(chunks: Iterator[bytes], ids: list[Any]) -> list[bytes]:
+    pa, pq = _pyarrow()
+    vectors = _load(chunks)
+    same = len({type(i) for i in ids}) == 1 and isinstance(ids[0], int | str) and not isinstance(ids[0], bool)
+    flat = pa.array(vectors.reshape(-1), type=pa.float32())
+    table = pa.table(
+        {
+            "id": pa.array(ids if same else [json.dumps(i) for i in ids]),
+            "embedding": pa.FixedSizeListArray.from_arrays(flat, vectors.shape[1]),
+        }
+    )
+    sink = io.BytesIO()
+    pq.write_table(table, sink)
+    return [sink.getvalue()]
+
+
+def _pyarrow() -> tuple[Any, Any]:
+    try:
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+    except ImportError as error:
+        raise MissingExtraError("pyarrow", "eval") from error
+    return pa, pq
