@@ -164,6 +164,17 @@ def _mamba() -> tuple[str, dict[str, Any]]:  # no keys and values at all
     return "Mamba", {"hidden_size": 32, "num_hidden_layers": 2, "state_size": 8, "intermediate_size": 64}
 
 
+def _falcon_h1() -> tuple[str, dict[str, Any]]:  # attention and Mamba side by side in one layer
+    return "FalconH1", {"hidden_size": 48, "intermediate_size": 64, "num_hidden_layers": 2} | {
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "mamba_d_ssm": 48,
+        "mamba_n_heads": 6,
+        "mamba_d_head": 8,
+        "mamba_d_state": 8,
+    }
+
+
 _ARCHITECTURES: dict[str, Callable[[], tuple[str, dict[str, Any]]]] = {
     "llama": _llama,
     "qwen2": _qwen2,
@@ -176,6 +187,7 @@ _ARCHITECTURES: dict[str, Callable[[], tuple[str, dict[str, Any]]]] = {
     "lfm2": _lfm2,
     "jamba": _jamba,
     "mamba": _mamba,
+    "falcon_h1": _falcon_h1,
 }
 STANDARD = ("llama", "qwen2", "qwen3", "mistral", "gemma3", "phi3", "gpt_neox")
 """Every layer keeps keys and values."""

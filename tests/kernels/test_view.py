@@ -95,6 +95,16 @@ def test_an_absent_page_is_refused_only_where_it_is_asked_for() -> None:
             view.token_slices(view.groups[0], 0, start, stop)
 
 
+def test_pages_that_a_window_gave_back() -> None:
+    keys, values = cache(layers=1, batch=4, tokens=4)
+    view = KVView.from_pages(keys, values, torch.tensor([[-1, 3, 1]]), [10], windows=[6], first=torch.tensor([4]))
+    k, _ = view.token_slices(view.groups[0], 0, 4, 10)
+    assert torch.equal(k[0], torch.cat([keys[0, 3], keys[0, 1, :, :2]], dim=1))
+    with pytest.raises(WindowError, match="first one held is 4"):
+        view.token_slices(view.groups[0], 0, 3, 10)
+    assert view.find_non_finite() is None  # looks at what is held
+
+
 @pytest.mark.parametrize(("start", "stop"), [(-1, 2), (3, 2), (0, 5)])
 def test_tokens_outside_the_sequence_are_refused(start: int, stop: int) -> None:
     keys, values = cache()

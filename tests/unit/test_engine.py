@@ -211,6 +211,8 @@ def test_a_hybrid_keeps_no_prefix(hybrid_engine: TransformersEngine) -> None:
 def test_a_model_without_keys_and_values_is_refused(tiny_model: Callable[..., Any], tiny_tokenizer: Any) -> None:
     with pytest.raises(UnsupportedModelError, match="no layer that keeps keys and values"):
         TransformersEngine(tiny_model("mamba"), tiny_tokenizer)
+    with pytest.raises(UnsupportedModelError, match="mix attention and a recurrent state"):
+        TransformersEngine(tiny_model("falcon_h1"), tiny_tokenizer)
 
 
 @pytest.mark.parametrize("architecture", ["mistral", "gemma3"])

@@ -106,6 +106,26 @@ def test_answers_that_end_at_different_steps(tiny_engines: TransformersEngine) -
     assert len(lengths) >= 3
 
 
+@pytest.mark.parametrize("architecture", ["llama", "gemma3"])
+def test_a_long_answer_outgrows_the_room_it_was_given(architecture: str, tiny_tokenizer: Any) -> None:
+    """The cache grows past 256 tokens; one answer leaves the batch in between."""
+    model = build_model(architecture, eos_token_id=None)
+    model.generation_config.eos_token_id = None
+    tiny = TransformersEngine(model, tiny_tokenizer)
+    full = [stock_greedy(tiny, tiny.tokenize(p), 290) for p in PROMPTS[:2]]
+    ends = [t for t in full[0] if t not in full[1]]
+    assert ends, "the answers share all their tokens: choose other prompts"
+    model.generation_config.eos_token_id = ends[-1]
+    answers = tiny.generate(PROMPTS[:2], max_tokens=290, features="kv-coe")
+    assert answers[0].token_ids == full[0][: full[0].index(ends[-1]) + 1]
+    assert answers[1].token_ids == full[1]
+    ids = answers[1].prompt_token_ids + full[1][:-1]
+    cache = reference.stock_cache(model, ids)
+    wanted = reference.coe(reference.token_chain(cache, len(answers[1].prompt_token_ids), len(ids)))
+    found = answers[1].scores
+    assert (found["kv_coe_r_token"].value, found["kv_coe_c_token"].value) == pytest.approx(wanted, rel=1e-4)
+
+
 def test_repetition_penalty_of_the_models_own_config(standard_engine: TransformersEngine) -> None:
     engine = with_ends(standard_engine, [EOS])
     plain = engine.generate(PROMPTS[0], max_tokens=LONG).token_ids
@@ -482,6 +502,7 @@ def test_what_is_cancelled_before_it_begins_runs_nothing(tiny_engine: Transforme
 def test_leaving_a_stream_ends_the_work(tiny_engine: TransformersEngine) -> None:
     stream = tiny_engine.stream(PROMPTS, max_tokens=500)
     next(stream)
+    assert not torch.is_inference_mode_enabled()  # nor does it leak into the caller
     stream.close()
     assert tiny_engine.generate("cat", max_tokens=3).token_ids
 
