@@ -194,7 +194,7 @@ class ConfidenceCalibrator(Frozen):
                 f"{len(unscored)} rows have no scores, and there is no engine to score them.",
                 hint="Give the engine, or rows that kvroute score has scored.",
             )
-        scores: list[Mapping[str, Any]] = [dict(row.get("scores") or {}) for row in rows]
+        scores: list[Mapping[str, Any]] = [s if isinstance(s := row.get("scores"), Mapping) else {} for row in rows]
         if engine is not None and unscored:
             evaluator = SelfEvaluator(engine, scores=chosen or DEFAULT_SCORES)
             found = evaluator.score_many(

@@ -345,6 +345,8 @@ def test_fit_rows_scores_what_has_no_scores(info: ModelInfo) -> None:
         ({"scores": {"length": 1.0}}, "Row 0 does not say whether"),
         ({"correct": True}, "Row 0 has neither scores nor prompt and answer"),
         ({"correct": True, "prompt": "a", "answer": "b"}, "1 rows have no scores, and there is no engine"),
+        ({"correct": True, "prompt": "a", "answer": "b", "scores": [1.0]}, "1 rows have no scores"),
+        ({"correct": True, "scores": {1: 2}}, "No score is named 1"),
         ({"correct": "yes", "scores": {}}, "'correct' of row 0 is 'yes'"),
         (3, "Row 0 does not say"),
     ],
