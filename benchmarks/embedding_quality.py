@@ -73,7 +73,7 @@ class Bench:
         found = []
         with progress_bar("Choosing", len(candidates)) as advance:
             for candidate in candidates:
-                key = json.dumps([whitened, asdict(candidate)])
+                key = json.dumps([whitened, candidate.parts, asdict(candidate)])
                 if key not in self.scores:
                     if time.monotonic() > self.ends:
                         raise OutOfTimeError

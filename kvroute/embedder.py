@@ -212,7 +212,7 @@ class KVEmbedder:
         """
         listed = _as_texts(texts)
         vectors = self._pooled(listed, prompt_name, None, truncate, progress)
-        fitted = PostProcessor.fit(vectors, method, dimension, power=power)
+        fitted = PostProcessor.fit(vectors, method, dimension, power=power, blocks=self._blocks())
         digest = hashlib.sha256(json.dumps(listed).encode()).hexdigest()[:16]
         fitted.facts = {**self._bound_to(), "texts": len(listed), "texts_digest": digest}
         self.postprocess = fitted
@@ -268,6 +268,15 @@ class KVEmbedder:
         return embedder
 
     # ------------------------------------------------------------------ parts
+
+    def _blocks(self) -> list[int]:
+        """Sizes of the parts that lie side by side in a pooled vector: layers, keys and values."""
+        layers = self.spec.resolve(self.engine.info.num_layers)
+        layer = self.engine.info.layers[layers[0]]
+        sizes = {"k": layer.key_size, "v": layer.value_size}
+        heads = layer.kv_heads if self.spec.heads == "concat" else 1
+        times = len(layers) if self.spec.layer_reduce == "concat" else 1
+        return [sizes[part] * heads for part in self.spec.part for _ in range(times)]
 
     def _bound_to(self) -> dict[str, Any]:
         return {"fingerprint": self.engine.info.fingerprint, "spec": self.spec.model_dump(mode="json")}

@@ -7,7 +7,7 @@ arXiv 2103.15316). Nothing here needs labels.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Self, get_args
 
@@ -81,6 +81,7 @@ class PostProcessor:
         dimension: int | None = None,
         *,
         power: float = 1.0,
+        blocks: Sequence[int] | None = None,
     ) -> Self:
         """Fit on vectors of texts like those it is for.
 
@@ -91,6 +92,9 @@ class PostProcessor:
                 ``whiten`` also divides them by their standard deviation.
             dimension: sizes kept by ``whiten`` and ``project``; by default as many as the vectors allow, at most 256.
             power: for ``whiten``, how far variances are evened out: 1 wholly, 0 is ``project``.
+            blocks: sizes of the parts that lie side by side in a vector (layers, keys and values). Before the
+                components are taken, ``whiten`` and ``project`` bring each to the same total variance, so that a layer
+                with large values doesn't drown the others.
 
         Raises:
             InvalidInputError: too few vectors for the dimension, not finite, or an unknown method.
@@ -115,10 +119,14 @@ class PostProcessor:
             return cls(
                 method, mean, scale=1 / np.maximum(deviation, 1e-6 * max(deviation.max(), 1e-30)), fitted_on=count
             )
+        if blocks is not None and (min(blocks, default=0) < 1 or sum(blocks) != x.shape[1]):
+            raise InvalidInputError(f"Blocks of {list(blocks)} don't make up vectors of size {x.shape[1]}.")
         if len(x) > _LARGEST_FIT:
             x = x[np.linspace(0, len(x) - 1, _LARGEST_FIT).astype(int)]
         mean = x.mean(axis=0, dtype=np.float64)
         centred = x.astype(np.float64) - mean
+        balance = _balance(centred, blocks) if blocks else np.ones(x.shape[1])
+        centred *= balance
         values, vectors = _gram_eigenvectors(centred)
         wanted = min(256, len(values)) if dimension is None else dimension
         if not 1 <= wanted <= len(values):
@@ -133,7 +141,7 @@ class PostProcessor:
         variances = values / (len(x) - 1)
         if method == "whiten":
             axes = axes * (variances ** (-power / 2))
-        return cls(method, mean, components=axes, fitted_on=count)
+        return cls(method, mean, components=balance[:, None] * axes, fitted_on=count)
 
     def transform(self, vectors: np.ndarray[Any, Any]) -> Array:
         """``[n, input_dimension]`` -> ``[n, dimension]`` float32.
@@ -178,6 +186,13 @@ class PostProcessor:
         except (KeyError, TypeError, ValueError) as error:
             raise FileFormatError(f"{path} is not whole: {error}") from error
         return found
+
+
+def _balance(centred: np.ndarray[Any, Any], blocks: Sequence[int]) -> np.ndarray[Any, Any]:
+    """Factor of each dimension ``[dim]`` that gives every block the same total variance."""
+    ends = np.cumsum(blocks)
+    totals = [float((centred[:, end - size : end] ** 2).sum()) for size, end in zip(blocks, ends, strict=True)]
+    return np.repeat([1 / np.sqrt(t / len(centred)) if t > 0 else 1.0 for t in totals], list(blocks))
 
 
 def _gram_eigenvectors(x: np.ndarray[Any, Any]) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:

@@ -53,6 +53,13 @@ class Candidate:
         reduce = {"concat": "side by side", "mean": "mean of layers", "paper": "mean of layers and heads"}[self.reduce]
         return f"{self.part.upper()} {_spans(self.layers)}, {reduce if len(self.layers) > 1 else '1 layer'}, {weights}"
 
+    @property
+    def parts(self) -> int:
+        """Parts of equal size that lie side by side in its vector."""
+        if self.side == "hidden":
+            return 1
+        return len(self.part) * (len(self.layers) if self.reduce == "concat" else 1)
+
     def pieces(self) -> list[Candidate]:
         """Candidates whose vectors side by side are this one's, up to the order of dimensions."""
         if self.side == "hidden" or self.reduce != "concat":
@@ -87,18 +94,22 @@ def kv_candidates(num_layers: int, *, prompted: bool = False) -> list[Candidate]
         return round(num_layers * fraction)
 
     whole = range(num_layers)
-    sets = [tuple(range(at(f))) for f in (1 / 8, 1 / 5, 4 / 15, 1 / 3, 2 / 5, 1 / 2, 2 / 3, 1)]
+    sets = [tuple(range(at(f))) for f in (1 / 8, 1 / 5, 7 / 30, 4 / 15, 1 / 3, 2 / 5, 1 / 2, 2 / 3, 1)]
     sets += [tuple(range(at(low), at(high))) for low, high in ((1 / 8, 1 / 3), (1 / 4, 1 / 2), (1 / 2, 1), (2 / 3, 1))]
     sets += [tuple(range(num_layers - 4, num_layers)), tuple(whole[::2]), tuple(range(0, at(1 / 2), 2))]
     sets += [tuple(range(at(4 / 15))) + tuple(range(num_layers - n, num_layers)) for n in (2, 4, 8)]
+    sets += [(*range(at(1 / 5)), *range(at(2 / 5), at(2 / 5) + 2))]
+    sets += [(*range(at(4 / 15)), at(1 / 2) - 1, *range(at(3 / 4), at(7 / 8)))]
+    sets = [tuple(dict.fromkeys(layer for layer in s if layer < num_layers)) for s in sets if s]
     out = []
     for weights in ("last",) if prompted else WEIGHTS:
-        for layers in dict.fromkeys(sets):
-            out += [Candidate("kv", layers, "v", weights), Candidate("kv", layers, "kv", weights)]
-            out += [Candidate("kv", layers, "v", weights, reduce="mean")]
-            if weights in ("mean", "last", WEIGHTS[-1]):
-                out += [Candidate("kv", layers, "kv", weights, reduce="mean"), Candidate("kv", layers, "k", weights)]
-        if weights not in ("mean", "position"):
+        for layers in list(dict.fromkeys(sets))[:: 1 if weights.startswith(("sif", "last")) else 3]:  # a coarser look
+            out += [Candidate("kv", layers, "v", weights), Candidate("kv", layers, "v", weights, reduce="mean")]
+            if weights != "position":
+                out += [Candidate("kv", layers, "kv", weights)]
+            if weights in ("mean", "last"):
+                out += [Candidate("kv", layers, "k", weights)]
+        if weights not in ("mean", "position", "last"):
             out += [Candidate("kv", (layer,), "v", weights) for layer in whole]
     return list(dict.fromkeys(out))
 
@@ -108,7 +119,7 @@ def hidden_candidates(num_layers: int, *, prompted: bool = False) -> list[Candid
     return [
         Candidate("hidden", (layer,), "h", weights, first)
         for weights in (("last",) if prompted else WEIGHTS)
-        for layer in range(num_layers + 1)
+        for layer in range(1 if prompted else 0, num_layers + 1)  # the last token of a prompt is always the same one
         for first in ((True,) if prompted else (True, False))
     ]
 

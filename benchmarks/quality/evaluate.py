@@ -94,7 +94,8 @@ class Evaluator:
             rows = np.arange(len(vectors))
             if whitened:
                 size = min(self.dimension, vectors.shape[1])
-                vectors = PostProcessor.fit(vectors[self.fitted], "whiten", size).transform(vectors)
+                blocks = [vectors.shape[1] // candidate.parts] * candidate.parts
+                vectors = PostProcessor.fit(vectors[self.fitted], "whiten", size, blocks=blocks).transform(vectors)
 
         def short(texts: list[str]) -> Array:
             return vectors[np.searchsorted(rows, self.short.rows(texts))]

@@ -2,7 +2,8 @@
 
 Whitening by PCA needs inner products with the vectors it is fitted on and nothing else, and the inner products of
 concatenated layers are the sums of those of each layer. So each layer is multiplied out once, and a candidate costs a
-sum and an eigenvalue problem, however long its vectors are. It gives what ``PostProcessor.fit(..., "whiten")`` gives.
+sum and an eigenvalue problem, however long its vectors are. It gives what ``PostProcessor.fit(..., "whiten")`` gives
+when it is told the parts (blocks) of a vector.
 """
 
 from __future__ import annotations
@@ -41,12 +42,14 @@ class Whitening:
         return products @ (vectors[:, kept] * scale).astype(np.float32)
 
     def _product(self, piece: Candidate) -> Array:
-        """Inner products ``[rows, fitted]`` of centred vectors."""
+        """Inner products ``[rows, fitted]`` of centred vectors, brought to the same total variance in each part."""
         key = (piece.side, piece.layers, piece.part, piece.weights, piece.first, piece.reduce)
         if key not in self._products:
             if self._products and next(iter(self._products))[3] != piece.weights:
                 self._products.clear()  # room: candidates come grouped by their weights
             x = np.concatenate([piece.matrix(self.short), piece.matrix(self.documents)])[self.rows]
             x -= x[self.fitted].mean(axis=0)
-            self._products[key] = x @ x[self.fitted].T
+            product = x @ x[self.fitted].T
+            total = float(np.trace(product[self.fitted]))
+            self._products[key] = product * (len(self.fitted) / total if total > 0 else 1.0)
         return self._products[key]

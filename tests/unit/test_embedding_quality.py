@@ -126,7 +126,8 @@ def test_whitening_by_inner_products_is_the_post_processors(stores: tuple[Store,
     assert len(candidate.pieces()) == 6
     found = evaluator.dev.vectors(candidate)
     whole = np.concatenate([candidate.matrix(short), candidate.matrix(documents)])
-    wanted = PostProcessor.fit(whole[evaluator.fitted], "whiten", 5).transform(whole)[evaluator.dev.rows]
+    blocks = [whole.shape[1] // 6] * 6
+    wanted = PostProcessor.fit(whole[evaluator.fitted], "whiten", 5, blocks=blocks).transform(whole)[evaluator.dev.rows]
     np.testing.assert_allclose(found @ found.T, wanted @ wanted.T, rtol=1e-2, atol=1e-2)  # axes may point either way
 
 

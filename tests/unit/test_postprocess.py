@@ -140,3 +140,18 @@ def test_a_file_that_is_not_as_it_was_written_is_refused(tmp_path: Path) -> None
 def test_parts_that_dont_fit_together_are_refused() -> None:
     with pytest.raises(InvalidInputError, match="fit together"):
         PostProcessor("whiten", np.zeros(3), components=np.zeros((4, 2)))
+
+
+def test_blocks_count_the_same_however_large_their_values(tmp_path: Path) -> None:
+    x = cloud(80, 12)
+    loud = x * np.repeat([1.0, 1000.0, 0.01], 4)
+    plain, louder = (PostProcessor.fit(v, "whiten", 5, blocks=[4, 4, 4]).transform(v) for v in (x, loud))
+    np.testing.assert_allclose(louder, plain, rtol=1e-2, atol=1e-2)
+    alone = PostProcessor.fit(loud, "project", 4)  # without blocks the loud one takes the first axes
+    assert alone.components is not None
+    assert np.abs(alone.components[4:8]).max() > 100 * np.abs(np.delete(alone.components, range(4, 8), axis=0)).max()
+    x[:, :4] = 3.0  # a constant block does no harm
+    assert np.isfinite(PostProcessor.fit(x, "whiten", 5, blocks=[4, 8]).transform(x)).all()
+    for wrong in ([4, 4], [0, 12], []):
+        with pytest.raises(InvalidInputError, match="size 12"):
+            PostProcessor.fit(x, "whiten", 5, blocks=wrong)
