@@ -32,6 +32,10 @@ BEFORE, AFTER = 'This sentence: "', '" means in one word: "'
 """The prompt of PromptEOL (arXiv 2307.16645): the last token gathers the meaning."""
 
 
+_NEAR = 0.975
+"""``fast`` is the shallowest candidate that keeps this share of the best one's mean on dev rows."""
+
+
 class OutOfTimeError(Exception):
     """--minutes are over; what was done is kept."""
 
@@ -127,7 +131,9 @@ def pick(bench: Bench, layers: int, quick: bool) -> tuple[dict[str, Candidate], 
     ranked = {"keys and values": bench.rank(kv), "hidden states": bench.rank(hidden)}
     prompted = {"keys and values": bench.rank(kv_prompted), "hidden states": bench.rank(hidden_prompted)}
     best, fast = (Candidate.of(PRESETS[name], layers) for name in ("best", "fast"))
-    half = next(c for _, c in ranked["keys and values"] if c.depth <= layers // 2)
+    top, chosen_best = ranked["keys and values"][0]
+    near = [c for score, c in ranked["keys and values"] if score >= _NEAR * top and c.depth <= layers // 2]
+    chosen_fast = min(near, key=lambda c: c.depth, default=chosen_best)
     methods = {
         "`best`": best,
         "`fast`": fast,
@@ -139,7 +145,7 @@ def pick(bench: Bench, layers: int, quick: bool) -> tuple[dict[str, Candidate], 
         "hidden state, prompted": prompted["hidden states"][0][1],
     }
     lines = []
-    for name, chosen in (("best", ranked["keys and values"][0][1]), ("fast", half)):
+    for name, chosen in (("best", chosen_best), ("fast", chosen_fast)):
         if chosen == methods[f"`{name}`"]:
             lines.append(f"`{name}` is what this run chooses on its dev rows.")
         else:

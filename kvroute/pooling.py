@@ -197,8 +197,8 @@ class PoolingSpec(_Spec):
 
 
 PRESETS: dict[str, PoolingSpec] = {
-    "best": PoolingSpec(layers=0.5, part="v", weights="sif", heads="concat", layer_reduce="concat"),
-    "fast": PoolingSpec(layers=0.25, part="v", weights="sif", heads="concat", layer_reduce="concat"),
+    "best": PoolingSpec(layers=0.24, part="v", weights="sif", sif_a=1e-4, heads="concat", layer_reduce="concat"),
+    "fast": PoolingSpec(layers=0.14, part="v", weights="sif", sif_a=1e-4, heads="concat", layer_reduce="concat"),
     "paper-mteb": PoolingSpec(
         layers="last:4", part="kv", tokens="mean", heads="mean", layer_reduce="mean", normalize=True
     ),
@@ -206,7 +206,13 @@ PRESETS: dict[str, PoolingSpec] = {
         layers="last:4", part="kv", tokens="sum", window=64, heads="concat", layer_reduce="mean"
     ),
 }
-"""``paper-mteb`` and ``paper-classifier`` are the settings of arXiv 2601.20326."""
+"""``best`` and ``fast`` come out of ``benchmarks/embedding_quality.py`` with SmolLM2-135M-Instruct, on its dev rows: the
+values of the first 7 and of the first 4 of 30 layers. ``best`` has the highest mean over classification, STS and
+retrieval, ``fast`` is the shallowest that keeps 97.5 % of it. Both were chosen whitened to 256 dimensions, which is worth
+doing where some hundreds of texts are at hand: ``KVEmbedder(engine).fit(texts, dimension=256)``. Where classification
+with a trained head is all that matters, deeper layers do better: see the table.
+
+``paper-mteb`` and ``paper-classifier`` are the settings of arXiv 2601.20326."""
 
 
 def token_range(spec: PoolingSpec, start: int, stop: int) -> tuple[int, int]:
