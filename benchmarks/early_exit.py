@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import torch
 
-from _harness import finish, start
+from _harness import Ratio, figure_table, finish, measure, parse_arguments
 from _texts import mixed_texts
 from kvroute import PoolingSpec, TransformersEngine
 from kvroute.engines.batching import plan_batches
 
 
 def main() -> None:
-    arguments, bench = start("early_exit", __doc__)
+    arguments = parse_arguments(__doc__)
     engine = TransformersEngine.from_pretrained(arguments.model, dtype="float32")
     texts = mixed_texts(12 if arguments.quick else 64, arguments.seed)
     ids = engine.tokenize_texts(texts)
@@ -37,12 +37,19 @@ def main() -> None:
         return engine.pool(ids, [half], progress=False)
 
     # Time of the baseline over our time is our throughput over the baseline's.
-    bench.ratio("early_exit_ratio", hidden_states, half_depth, must=">= 1.8", note="texts/s, half depth / full depth")
-    print(bench.table())
+    rounds = measure(
+        {"full depth, hidden states": hidden_states, "half depth, values": half_depth},
+        {"early_exit_ratio": Ratio("full depth, hidden states", "half depth, values", ">= 1.8")},
+        seconds=arguments.seconds,
+        seed=arguments.seed,
+    )
+    for side in rounds.seconds:
+        print(f"{side}: {len(texts) / rounds.median(side):.1f} texts/s")
+    print("\n" + figure_table(rounds.figures))
     finish(
         arguments,
-        name=bench.name,
-        figures=bench.figures,
+        name="early_exit",
+        figures=rounds.figures,
         n={"texts": len(texts), "tokens": sum(map(len, ids))},
         baseline="full-depth base model without LM head, mean of the last hidden states, same batches",
     )

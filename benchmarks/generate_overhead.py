@@ -6,13 +6,14 @@ import random
 
 import torch
 
-from _harness import finish, start
+from _harness import Figure, Ratio, figure_table, finish, measure, parse_arguments
 from _texts import text_of
 from kvroute import TransformersEngine
 
 
 def main() -> None:
-    arguments, bench = start("generate_overhead", __doc__)
+    arguments = parse_arguments(__doc__)
+    figures: dict[str, Figure] = {}
     engine = TransformersEngine.from_pretrained(arguments.model, dtype="float32")
     rng = random.Random(arguments.seed)
     tokens = 8 if arguments.quick else 64
@@ -41,21 +42,21 @@ def main() -> None:
         theirs = stock()[:, width:].tolist()
         for mine, row in zip(ours, theirs, strict=True):
             assert row[: len(mine.token_ids)] == mine.token_ids, "both sides must write the same tokens"
-        bench.ratio(
-            f"generate_ratio_{count}", with_features, without, must="<= 1.02", note=f"batch {count}, same engine"
+        rounds = measure(
+            {"features": with_features, "plain": without, "model.generate": stock},
+            {
+                f"generate_ratio_batch_{count}": Ratio("features", "plain", "<= 1.02"),
+                f"generate_ratio_to_model_generate_batch_{count}": Ratio("features", "model.generate", "<= 1.02"),
+            },
+            seconds=arguments.seconds / 2,
+            seed=arguments.seed,
         )
-        bench.ratio(
-            f"generate_ratio_stock_{count}",
-            with_features,
-            stock,
-            must="<= 1.02",
-            note=f"batch {count}, / model.generate",
-        )
-    print(bench.table())
+        figures |= rounds.figures
+    print(figure_table(figures))
     finish(
         arguments,
-        name=bench.name,
-        figures=bench.figures,
+        name="generate_overhead",
+        figures=figures,
         n={"new_tokens": tokens},
         baseline="the same engine without features; model.generate",
     )

@@ -10,7 +10,7 @@ import gc
 
 import torch
 
-from _harness import finish, start
+from _harness import Figure, exact, figure_table, finish, parse_arguments
 from kvroute import ChainSpec, ChainState, TransformersEngine
 from kvroute_kernels import KVView
 
@@ -47,7 +47,8 @@ def measure(engine: TransformersEngine, tokens: int) -> tuple[int, int, int]:
 
 
 def main() -> None:
-    arguments, bench = start("memory", __doc__)
+    arguments = parse_arguments(__doc__)
+    figures: dict[str, Figure] = {}
     engine = TransformersEngine.from_pretrained(arguments.model, dtype="float32")
     lengths = (64, 256) if arguments.quick else (512, 2048, 8192)
     measured = {length: measure(engine, length) for length in lengths}
@@ -59,22 +60,13 @@ def main() -> None:
     for length in lengths[1:]:
         extra, flat, per_token = measured[length]
         ratio = (extra - per_token) / (shortest[0] - shortest[2])
-        bench.given(
-            f"memory_ratio_{length}", ratio, ratio, ratio, must="<= 1.0", note=f"bytes at {length} / {lengths[0]}"
-        )
-        bench.given(
-            f"bytes_a_token_{length}",
-            per_token / length,
-            per_token / length,
-            per_token / length,
-            must="<= 8.0",
-            note="C",
-        )
-    print("\n" + bench.table())
+        figures[f"memory_ratio_{length}_to_{lengths[0]}"] = exact(ratio, "<= 1.0")
+        figures[f"bytes_a_token_{length}"] = exact(per_token / length, "<= 8.0")
+    print("\n" + figure_table(figures))
     finish(
         arguments,
-        name=bench.name,
-        figures=bench.figures,
+        name="memory",
+        figures=figures,
         n={"bytes": {str(k): v[0] - v[2] for k, v in measured.items()}},
         baseline="the shortest answer",
     )

@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 import torch
 
-from _harness import finish, start
+from _harness import Figure, Ratio, Side, figure_table, finish, measure, parse_arguments
 from _texts import token_rows
 from kvroute import ChainSpec, ChainState, PoolingSpec, TransformersEngine, pool
 from kvroute.engines.slab import SlabCache
@@ -18,12 +18,14 @@ from kvroute_kernels import KVView
 
 
 def main() -> None:
-    arguments, bench = start("prefill_overhead", __doc__)
+    arguments = parse_arguments(__doc__)
+    figures: dict[str, Figure] = {}
     engine = TransformersEngine.from_pretrained(arguments.model, dtype="float32")
     model, layers = engine.model, engine.info.num_layers
     every = PoolingSpec(layers="all", part="kv", heads="concat", layer_reduce="concat")
     default = PoolingSpec.preset("best")
-    for length in (64,) if arguments.quick else (256, 1024):
+    lengths = (64,) if arguments.quick else (256, 1024)
+    for length in lengths:
         ids = torch.tensor(token_rows(1, length, engine.info.vocab_size, arguments.seed))
         weights = [engine.sif_weights(default.sif_a)[ids[0]]]
 
@@ -47,23 +49,26 @@ def main() -> None:
             "all_layers": lambda view: pool(view, every, num_layers=layers),
             "chains": chains,
         }
+        sides: dict[str, Side] = {"plain": prefill, "stock": stock}
+        ratios = {}
         for name, feature in features.items():
 
             def with_feature(feature: Callable[[KVView], object] = feature) -> None:
                 with torch.inference_mode():
                     feature(prefill())
 
-            bench.ratio(f"prefill_ratio_{name}_{length}", with_feature, prefill, must="<= 1.02")
-        bench.ratio(
-            f"prefill_ratio_stock_{length}",
-            prefill,
-            stock,
-            must="<= 1.02",
-            note="engine's cache / DynamicCache, no feature",
-        )
-    print(bench.table())
+            sides[name] = with_feature
+            ratios[f"prefill_ratio_{name}_{length}"] = Ratio(name, "plain", "<= 1.02")
+            ratios[f"prefill_ratio_{name}_{length}_to_stock"] = Ratio(name, "stock")
+        rounds = measure(sides, ratios, seconds=arguments.seconds / len(lengths), seed=arguments.seed)
+        figures |= rounds.figures
+    print(figure_table(figures))
     finish(
-        arguments, name=bench.name, figures=bench.figures, n={"texts": 1}, baseline="the same prefill without features"
+        arguments,
+        name="prefill_overhead",
+        figures=figures,
+        n={"texts": 1},
+        baseline="the same prefill without features",
     )
 
 

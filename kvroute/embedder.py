@@ -162,7 +162,7 @@ class KVEmbedder:
         truncate: bool | None = None,
     ) -> None:  # fmt: skip
         """Raise what :meth:`encode` would raise for these texts, without running the model."""
-        before = self._prompt(prompt_name, prompt)
+        before = self.prompt(prompt_name, prompt)
         self._tokenize(_as_texts(texts), before, self.truncate if truncate is None else truncate)
 
     def encode_query(self, texts: str | Sequence[str], **kwargs: Any) -> Any:
@@ -285,11 +285,16 @@ class KVEmbedder:
         self, texts: list[str], prompt_name: str | None, prompt: str | None, truncate: bool | None,
         progress: bool | None,
     ) -> Vectors:  # fmt: skip
-        before = self._prompt(prompt_name, prompt)
+        before = self.prompt(prompt_name, prompt)
         ids = self._tokenize(texts, before, self.truncate if truncate is None else truncate)
         return self.engine.pool(ids, [self.spec], sif_weights=self._weights, progress=progress)[0]
 
-    def _prompt(self, name: str | None, prompt: str | None) -> str:
+    def prompt(self, name: str | None = None, prompt: str | None = None) -> str:
+        """The text put before each text: ``prompt``, or the one of :attr:`prompts` with that name, or nothing.
+
+        Raises:
+            InvalidInputError: both, or an unknown name; the message lists what there is.
+        """
         if name is None:
             return prompt or ""
         if prompt is not None:

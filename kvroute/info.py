@@ -91,7 +91,12 @@ _DIGESTED = (
     "self_attn.dense.weight",
     "down_proj.weight",
     "mlp.dense_4h_to_h.weight",
+    "q_proj.weight",
+    "qkv_proj.weight",
+    "query_key_value.weight",
 )
+_FUSED = {"qkv_proj.weight": "q_proj.weight"}
+"""Where an engine fuses matrices by rows, the first rows are still those of the first one."""
 _ROWS, _COLUMNS = 256, 64
 
 
@@ -100,9 +105,9 @@ def sign_digest(parameters: Iterable[tuple[str, Tensor]]) -> str:
 
     Rounding to bfloat16 or float16 changes values but never a sign bit (a value that underflows
     keeps it), while fine-tuning flips some signs of near-zero weights. Read are the first 256 x 64
-    entries of matrices that engines neither fuse nor transpose (the embedding and the output
-    projections of attention and MLP, of the first, middle and last layer), which lie on the first rank
-    under tensor parallelism too.
+    entries (of the query projection, which engines fuse with others, the first 64 x 64) of matrices that engines do
+    not transpose: the embedding, and of the first, middle and last layer the query projection and the output
+    projections of attention and MLP. They lie on the first rank under tensor parallelism too.
 
     Args:
         parameters: names and tensors, as ``model.named_parameters()`` gives them.
@@ -116,13 +121,14 @@ def sign_digest(parameters: Iterable[tuple[str, Tensor]]) -> str:
         if ending is None or tensor.ndim != 2 or not tensor.is_floating_point():
             continue
         numbers = [int(p) for p in name.split(".") if p.isdigit()]
-        found.setdefault(ending, {})[numbers[0] if numbers else 0] = tensor
+        found.setdefault(_FUSED.get(ending, ending), {})[numbers[0] if numbers else 0] = tensor
     digest = hashlib.sha256()
     for ending in sorted(found):
         layers = sorted(found[ending])
         for place in sorted({0, len(layers) // 2, len(layers) - 1}):
             tensor = found[ending][layers[place]]
-            signs = torch.signbit(tensor.detach()[:_ROWS, :_COLUMNS].cpu()).to(torch.uint8)
+            rows = _COLUMNS if ending == "q_proj.weight" else _ROWS
+            signs = torch.signbit(tensor.detach()[:rows, :_COLUMNS].cpu()).to(torch.uint8)
             digest.update(f"{ending}:{layers[place]}:{list(signs.shape)}".encode())
             digest.update(signs.contiguous().numpy().tobytes())
     return digest.hexdigest()[:16]

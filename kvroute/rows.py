@@ -67,7 +67,8 @@ def parse_jsonl(text: str, source: object) -> list[tuple[int, dict[str, Any]]]:
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
+            row = json.loads(line, parse_constant=_no_constant)
+            json.dumps(row, ensure_ascii=False).encode()  # a lone surrogate could not be written again
         except (ValueError, RecursionError) as error:
             raise InvalidInputError(f"{source}, line {number}: not JSON ({error}).") from error
         if not isinstance(row, dict):
@@ -89,6 +90,10 @@ def text_field(row: Mapping[str, Any], field: str, source: object, number: int) 
     if not isinstance(value, str):
         raise InvalidInputError(f"{source}, line {number}: field {field!r} is {type(value).__name__}, not a text.")
     return value
+
+
+def _no_constant(name: str) -> None:
+    raise ValueError(f"{name} is no JSON value")
 
 
 def _lines(text: str) -> list[str]:
@@ -154,8 +159,9 @@ class PartialRun:
 
     def _open(self) -> None:
         header = self.folder / "run.json"
-        if self._restart:
-            shutil.rmtree(self.folder, ignore_errors=True)
+        if self._restart or not header.exists():
+            # Without its header a folder is the rest of one that was being deleted: nothing in it may count.
+            self._drop()
         if header.exists():
             try:
                 found = read_json(header, _KIND).get("identity")
@@ -169,9 +175,19 @@ class PartialRun:
         else:
             write_json(header, _KIND, {"identity": self._identity})
 
+    def _drop(self) -> None:
+        """Delete the folder; the header goes first, so that one that is cut short never looks whole."""
+        try:
+            (self.folder / "run.json").unlink(missing_ok=True)
+            if self.folder.exists():
+                shutil.rmtree(self.folder)
+        except OSError as error:
+            raise InvalidInputError(f"{self.folder} can't be deleted: {error.strerror or error}.") from error
+
     def __exit__(self, *_error: object) -> None:
-        self._lock.release()
+        # The file goes while the lock is held: who comes later makes and locks a new one.
         Path(str(self.folder) + ".lock").unlink(missing_ok=True)
+        self._lock.release()
 
     def _file(self, start: int) -> Path:
         return self.folder / f"{start:012d}"
@@ -198,7 +214,7 @@ class PartialRun:
         """
         chunks = (self._file(s).read_bytes() for s in self.starts)
         write_whole(self.out, b"".join(join(chunks) if join else chunks))
-        shutil.rmtree(self.folder)
+        self._drop()
 
 
 def digest_of(texts: Sequence[Any]) -> str:

@@ -26,6 +26,9 @@ app.command("ask")(ask.command)
 app.command("calibrate")(calibrate.command)
 
 
+_debugging = False
+
+
 def _version(wanted: bool) -> None:
     if wanted:
         typer.echo(__version__)
@@ -37,9 +40,11 @@ def _options(
     _show_version: Annotated[
         bool, typer.Option("--version", help="Print the version.", callback=_version, is_eager=True)
     ] = False,
-    _debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
 ) -> None:
-    """Options that stand before the command; ``--debug`` is read by :func:`main`."""
+    """Options that stand before the command."""
+    global _debugging
+    _debugging = debug
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -48,7 +53,7 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         app(given)
     except KVRouteError as error:
-        if "--debug" in given:
+        if _debugging:
             raise
         typer.echo(f"kvroute: {error}", err=True)
         sys.exit(2)

@@ -48,6 +48,7 @@ def command(
     field: Annotated[str, typer.Option(help="The text's field, in JSON Lines.")] = "text",
     jsonl: Annotated[bool, typer.Option("--jsonl", help="The input is JSON Lines, whatever its name.")] = False,
     prompt: Annotated[str | None, typer.Option(help="A text to put before each.")] = None,
+    prompt_name: Annotated[str | None, typer.Option(help="Which of the saved embedder's prompts to put there.")] = None,
     truncate: Annotated[bool, typer.Option("--truncate", help="Cut texts past the context.")] = False,
     normalize: Annotated[bool, typer.Option("--normalize", help="Vectors of unit length.")] = False,
     skip_empty: Annotated[bool, typer.Option("--skip-empty", help="Pass over blank lines.")] = False,
@@ -70,6 +71,8 @@ def command(
     engine = load_engine(model, dtype, device)
     made = KVEmbedder.load(embedder, engine) if embedder is not None else KVEmbedder(engine, load_spec(spec))
     began = time.perf_counter()
+    if prompt_name is not None:
+        prompt = made.prompt(prompt_name, prompt)
     _check(made, file, texts, prompt, truncate)
 
     def chunk(start: int, stop: int) -> np.ndarray[Any, np.dtype[np.float32]]:
@@ -135,13 +138,24 @@ def _read(file: str, field: str, jsonl: bool, skip_empty: bool) -> tuple[list[An
     if jsonl or Path(file).suffix in (".jsonl", ".ndjson"):
         rows = parse_jsonl(text, file)
         texts = [text_field(row, field, file, number) for number, row in rows]
-        ids, skipped = [row.get("id", i) for i, (_, row) in enumerate(rows)], 0
+        ids, skipped = [_id(row, file, number) for number, row in rows], 0
+        if any(i is None for i in ids):
+            if any(i is not None for i in ids):
+                raise InvalidInputError(f"{file}: some rows have an id and some have none.", hint="Give all or none.")
+            ids = list(range(len(rows)))
     else:
         texts, skipped = parse_lines(text, file, skip_empty=skip_empty)
         ids = list(range(len(texts)))
     if not texts:
         raise InvalidInputError(f"{file} holds no text.")
     return ids, texts, skipped
+
+
+def _id(row: dict[str, Any], file: str, number: int) -> int | str | None:
+    value = row.get("id")
+    if value is None or isinstance(value, str) or (type(value) is int and -(2**63) <= value < 2**63):
+        return value
+    raise InvalidInputError(f"{file}, line {number}: the id is neither a text nor a 64-bit whole number.")
 
 
 def _check(embedder: KVEmbedder, file: str, texts: list[str], prompt: str | None, truncate: bool) -> None:
@@ -188,11 +202,11 @@ def _join_npy(chunks: Iterator[bytes]) -> list[bytes]:
 def _join_parquet(chunks: Iterator[bytes], ids: list[Any]) -> list[bytes]:
     pa, pq = _pyarrow()
     vectors = _load(chunks)
-    same = len({type(i) for i in ids}) == 1 and isinstance(ids[0], int | str) and not isinstance(ids[0], bool)
+    same = len({type(i) for i in ids}) == 1
     flat = pa.array(vectors.reshape(-1), type=pa.float32())
     table = pa.table(
         {
-            "id": pa.array(ids if same else [json.dumps(i) for i in ids]),
+            "id": pa.array(ids if same else list(map(str, ids))),
             "embedding": pa.FixedSizeListArray.from_arrays(flat, vectors.shape[1]),
         }
     )

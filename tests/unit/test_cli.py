@@ -173,6 +173,8 @@ def test_score_and_calibrate_and_ask(
         (("embed", "{text}", "--jsonl"), "not JSON"),
         (("embed", "{long}", "--model", "{model}"), "text 1"),
         (("info", "nowhere/at/all"), "can't be loaded"),
+        (("embed", "{ids}", "--model", "{model}"), "some rows have an id"),
+        (("embed", "{text}", "--prompt-name", "query", "--model", "{model}"), "No prompt is named"),
         (("score", "{text}"), "not JSON"),
         (("score", "{rows}", "--scores", "luck", "--model", "{model}"), "No score is named"),
         (("calibrate", "--confidence", "{rows}"), "--name or --out"),
@@ -190,12 +192,87 @@ def test_faults_are_one_line_with_what_to_do(
     (tmp_path / "text.txt").write_text("a\nb\n")
     (tmp_path / "long.txt").write_text("short\n" + "word " * 5000 + "\n")
     (tmp_path / "rows.jsonl").write_text('{"prompt": "a", "answer": "b"}\n')
-    names = {"blank": "blank.txt", "text": "text.txt", "long": "long.txt", "rows": "rows.jsonl", "model": model}
+    (tmp_path / "ids.jsonl").write_text('{"text": "a", "id": 1}\n{"text": "b"}\n')
+    names = {
+        "ids": "ids.jsonl",
+        "blank": "blank.txt",
+        "text": "text.txt",
+        "long": "long.txt",
+        "rows": "rows.jsonl",
+        "model": model,
+    }
     code, _, err = run(*(a.format(**names) for a in arguments))
     assert code == 2
     assert what in err
     assert "Traceback" not in err
     assert err.startswith("kvroute: ")
+
+
+def test_debug_shows_the_traceback_and_is_no_argument_of_a_command(run: Run) -> None:
+    from kvroute import InvalidInputError
+
+    with pytest.raises(InvalidInputError):
+        main(["--debug", "embed", "none.txt"])
+    assert run("embed", "none.txt")[0] == 2
+    code, _, err = run("embed", "none.txt", "--debug")
+    assert code == 2
+    assert "No such option" in err
+
+
+def test_stdin_to_stdout(model: str, engine: TransformersEngine) -> None:
+    command = [
+        sys.executable,
+        "-m",
+        "kvroute.cli",
+        "embed",
+        "-",
+        "--model",
+        model,
+        "--spec",
+        "paper-mteb",
+        "--skip-empty",
+    ]
+    ran = subprocess.run(command, input="one text\n\nanother\n", capture_output=True, text=True, check=True)
+    found = np.array([json.loads(line)["embedding"] for line in ran.stdout.splitlines()])
+    np.testing.assert_allclose(found, KVEmbedder(engine, "paper-mteb").encode(["one text", "another"]), atol=1e-5)
+
+
+def test_a_reader_that_leaves_early_is_no_fault(model: str, tmp_path: Path) -> None:
+    (tmp_path / "in.txt").write_text("\n".join(f"text {i}" for i in range(2000)))
+    line = f"{sys.executable} -m kvroute.cli embed {tmp_path / 'in.txt'} --model {model} -q | head -c 10 > /dev/null"
+    ran = subprocess.run(["bash", "-c", line], capture_output=True, text=True, check=False)
+    assert "Traceback" not in ran.stderr
+
+
+def test_help_is_quick_and_light() -> None:
+    code = (
+        "import sys\nfrom kvroute.cli import app\n"
+        "sys.exit([m for m in ('torch', 'transformers', 'sklearn') if m in sys.modules] and 1)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.mark.slow
+def test_a_killed_score_run_goes_on(model: str, tmp_path: Path) -> None:
+    rows = [{"prompt": f"question {i}", "answer": f"answer {i} " * (i % 9 + 1)} for i in range(2000)]
+    (tmp_path / "in.jsonl").write_text("\n".join(map(json.dumps, rows)))
+
+    def command(out: str) -> list[str]:
+        where = [str(tmp_path / "in.jsonl"), "--out", str(tmp_path / out)]
+        return [sys.executable, "-m", "kvroute.cli", "score", *where, "--model", model, "-q"]
+
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    partial = tmp_path / "cut.jsonl.partial"
+    for enough in (3, 20):
+        process = subprocess.Popen(command("cut.jsonl"), env=environment)
+        while process.poll() is None and _files(partial) < enough:
+            time.sleep(0.002)
+        assert process.poll() is None, "it ended before it could be killed"
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    subprocess.run(command("cut.jsonl"), check=True, env=environment)
+    subprocess.run(command("whole.jsonl"), check=True, env=environment)
+    assert (tmp_path / "cut.jsonl").read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
 
 
 def _embed(model: str, folder: Path, out: str) -> list[str]:

@@ -26,7 +26,14 @@ def test_only_line_feeds_end_a_line() -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "what"), [('{"a": 1}\n{', "line 2: not JSON"), ("[1]\n", "line 1: list"), ("\n\n7", "line 3: int")]
+    ("text", "what"),
+    [
+        ('{"a": NaN}', "line 1: not JSON"),
+        ('{"a": "\\ud800"}', "line 1: not JSON"),
+        ('{"a": 1}\n{', "line 2: not JSON"),
+        ("[1]\n", "line 1: list"),
+        ("\n\n7", "line 3: int"),
+    ],
 )
 def test_bad_rows_name_their_line(text: str, what: str) -> None:
     with pytest.raises(InvalidInputError, match=what):
@@ -130,3 +137,22 @@ def test_a_damaged_header_is_said(tmp_path: Path) -> None:
         (run.folder / "run.json").write_text(json.dumps({"torn": True})[:-3])
     with pytest.raises(InvalidInputError, match=r"damaged.*--restart"), PartialRun(out, {}, 1, chunk=1):
         pass
+
+
+@pytest.mark.parametrize("how", ["header first", "chunks first"])
+def test_a_deletion_that_was_cut_short_leaves_nothing_that_counts(tmp_path: Path, how: str) -> None:
+    out = tmp_path / "o.jsonl"
+    with PartialRun(out, {"input": "old"}, 2, chunk=1) as run:
+        run.write(0, b"old 0\n")
+        run.write(1, b"old 1\n")
+    if how == "header first":  # as _drop deletes
+        (run.folder / "run.json").unlink()
+    else:
+        (run.folder / f"{0:012d}").unlink()
+    restart = how == "chunks first"
+    with PartialRun(out, {"input": "new"}, 2, chunk=1, restart=restart) as run:
+        assert run.missing == [(0, 1), (1, 2)]
+        run.write(0, b"new 0\n")
+        run.write(1, b"new 1\n")
+        run.finish()
+    assert out.read_bytes() == b"new 0\nnew 1\n"
