@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     import torch
 
 _KIND = "kvroute.embedder"
+_PLACE = "{text}"
 _CONFIG, _POSTPROCESS, _FREQUENCIES = "embedder.json", "postprocess.safetensors", "frequencies.safetensors"
 
 
@@ -48,8 +49,8 @@ class KVEmbedder:
     Args:
         engine: the model.
         spec: how to pool, or the name of a preset.
-        prompts: texts put before the text, by name; ``encode_query`` uses ``query`` and ``encode_document`` uses
-            ``document`` where they are given, as in sentence-transformers.
+        prompts: texts put before the text, or around it where they hold ``{text}``, by name; ``encode_query`` uses
+            ``query`` and ``encode_document`` uses ``document`` where they are given, as in sentence-transformers.
         frequencies: token frequencies for a spec with ``weights="sif"``; by default those that the tokenizer's
             vocabulary suggests.
         postprocess: fitted post-processing; see :meth:`fit`.
@@ -314,7 +315,8 @@ class KVEmbedder:
         for index, text in enumerate(texts):
             if not text:
                 raise EmptyTextError(index)
-        ids = self.engine.tokenize_texts([before + t for t in texts] if before else texts)
+        head, placed, tail = before.partition(_PLACE)
+        ids = self.engine.tokenize_texts([head + t + tail for t in texts] if before else texts)
         limit = self.engine.info.context
         for index, tokens in enumerate(ids):
             if not tokens:
@@ -322,7 +324,8 @@ class KVEmbedder:
             if len(tokens) > limit:
                 if not truncate:
                     raise TextTooLongError(index, len(tokens), limit)
-                ids[index] = tokens[:limit]
+                end = self.engine.tokenize_texts([tail], special_tokens=False)[0] if placed else []
+                ids[index] = [*tokens[: max(limit - len(end), 0)], *end][:limit]
         return ids
 
 

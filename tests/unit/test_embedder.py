@@ -292,3 +292,27 @@ def test_texts_may_be_any_sequence(embedder: KVEmbedder) -> None:
     sequence: Sequence[str] = tuple(TEXTS)
     np.testing.assert_array_equal(embedder.encode(sequence), embedder.encode(TEXTS))
     np.testing.assert_array_equal(embedder.encode(np.array(TEXTS)), embedder.encode(TEXTS))  # type: ignore[arg-type]
+
+
+def test_a_prompt_may_stand_around_the_text(tiny_engine: TransformersEngine) -> None:
+    around = 'This: "{text}" means: "'
+    spec = PoolingSpec(layers="last:2", part="v", tokens="last", heads="concat", layer_reduce="concat")
+    embedder = KVEmbedder(tiny_engine, spec, prompts={"document": around})
+    plain = KVEmbedder(tiny_engine, spec)
+    texts = ["a {text} of mine", "short"]
+    np.testing.assert_allclose(
+        embedder.encode_document(texts), plain.encode([around.replace("{text}", t) for t in texts]), atol=1e-5
+    )
+
+
+def test_truncation_keeps_what_stands_behind_the_text(tiny_engine: TransformersEngine) -> None:
+    around = "say {text} in one word:"
+    embedder = KVEmbedder(tiny_engine, "paper-mteb", prompts={"document": around})
+    long = "word " * tiny_engine.info.context
+    with pytest.raises(TextTooLongError):
+        embedder.encode_document(long)
+    [ids] = embedder._tokenize([long], around, True)
+    end = tiny_engine.tokenize_texts([" in one word:"], special_tokens=False)[0]
+    assert len(ids) == tiny_engine.info.context
+    assert ids[-len(end) :] == end
+    assert embedder.encode_document(long, truncate=True).shape == (embedder.dimension,)
