@@ -1,7 +1,12 @@
-"""Texts a second at full depth beside sentence-transformers around the same model, the same mixed-length texts."""
+"""Texts a second at full depth beside sentence-transformers around the same model, the same mixed-length texts.
+
+The peer runs with the batch size that is fastest for it. Our side ends with the keys and values of the last layer: its
+attention and MLP are not needed for them.
+"""
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 import torch
@@ -19,7 +24,7 @@ def main() -> None:
     arguments = parse_arguments(__doc__)
     source: str | Path = bundled_path(arguments.model) if arguments.model in BUNDLED else arguments.model
     engine = TransformersEngine.from_pretrained(arguments.model, dtype="float32")
-    texts = mixed_texts(24 if arguments.quick else 128, arguments.seed)
+    texts = mixed_texts(10 if arguments.quick else 64, arguments.seed)
     embedder = KVEmbedder(engine, PoolingSpec(layers="all", part="v", heads="concat", layer_reduce="mean"))
     transformer = Transformer(str(source), model_kwargs={"dtype": torch.float32})
     transformer.tokenizer.pad_token = transformer.tokenizer.pad_token or transformer.tokenizer.eos_token
@@ -30,8 +35,16 @@ def main() -> None:
     def ours() -> object:
         return embedder.encode(texts, progress=False)
 
+    def peer_with(batch_size: int) -> float:
+        began = time.perf_counter()
+        peer.encode(texts, batch_size=batch_size, show_progress_bar=False)
+        return time.perf_counter() - began
+
+    peer_with(8)  # warm up
+    batch_size = min((4, 8, 16, 32), key=peer_with)
+
     def theirs() -> object:
-        return peer.encode(texts, batch_size=32, show_progress_bar=False)
+        return peer.encode(texts, batch_size=batch_size, show_progress_bar=False)
 
     # Time of the peer over our time is our throughput over the peer's.
     rounds = measure(
@@ -48,7 +61,7 @@ def main() -> None:
         name="embedding_throughput",
         figures=rounds.figures,
         n={"texts": len(texts)},
-        baseline="sentence-transformers, mean pooling, batches of 32",
+        baseline=f"sentence-transformers, mean pooling, batches of {batch_size} (its fastest of 4, 8, 16, 32)",
     )
 
 

@@ -1,4 +1,7 @@
-"""Generate with both chains and an embedding / without features, and / model.generate: same prompts, greedy."""
+"""Generate with both chains and an embedding / without features, and / model.generate: same prompts, greedy.
+
+Batches are of prompts of different lengths.
+"""
 
 from __future__ import annotations
 
@@ -16,11 +19,11 @@ def main() -> None:
     figures: dict[str, Figure] = {}
     engine = TransformersEngine.from_pretrained(arguments.model, dtype="float32")
     rng = random.Random(arguments.seed)
-    tokens = 8 if arguments.quick else 64
+    tokens = 8 if arguments.quick else 16
     features = ["kv-coe", "prompt:best"]
     ends = engine.model.generation_config.eos_token_id
-    for count in (1,) if arguments.quick else (1, 4):
-        prompts = [text_of(48, rng) for _ in range(count)]
+    for count in (1,) if arguments.quick else (1, 8):
+        prompts = [text_of(48 - 3 * i, rng) for i in range(count)]
         ids = [engine.tokenize(p) for p in prompts]
         width = max(map(len, ids))
         padded = torch.tensor([[ends] * (width - len(i)) + i for i in ids])

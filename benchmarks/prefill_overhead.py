@@ -60,7 +60,7 @@ def main() -> None:
             sides[name] = with_feature
             ratios[f"prefill_ratio_{name}_{length}"] = Ratio(name, "plain", "<= 1.02")
             ratios[f"prefill_ratio_{name}_{length}_to_stock"] = Ratio(name, "stock")
-        rounds = measure(sides, ratios, seconds=arguments.seconds / len(lengths), seed=arguments.seed)
+        rounds = measure(sides, ratios, seconds=arguments.seconds * length / sum(lengths), seed=arguments.seed)
         figures |= rounds.figures
     print(figure_table(figures))
     finish(

@@ -4,20 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-_WASTE = 0.08
+READING_WASTE = 0.08
+"""Share of a batch that may be padding where texts are only read: padding is computed like text."""
+WRITING_WASTE = 0.4
+"""The same where answers are written: padding is computed once, and a second batch costs every step again."""
 _SMALL = 128
 
 
-def plan_batches(lengths: Sequence[int], budget: int) -> list[list[int]]:
+def plan_batches(lengths: Sequence[int], budget: int, *, waste: float = READING_WASTE) -> list[list[int]]:
     """Batches of indices, longest texts first.
 
     A batch is padded to its longest text and computes at most ``budget`` tokens, padding included (a text
-    longer than the budget runs alone). It closes before padding passes 8 % of it, unless it is so
+    longer than the budget runs alone). It closes before padding passes ``waste`` of it, unless it is so
     small (128 tokens) that the time of a call outweighs the padding.
 
     Args:
         lengths: tokens of each text, at least 1.
         budget: padded tokens a batch, at least 1.
+        waste: share of a batch that may be padding.
     """
     order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
     batches: list[list[int]] = []
@@ -28,8 +32,8 @@ def plan_batches(lengths: Sequence[int], budget: int) -> list[list[int]]:
             batch = batches[-1]
             longest = lengths[batch[0]]
             padded = longest * (len(batch) + 1)
-            waste = padded - real - length
-            if padded <= budget and (waste <= _WASTE * padded or padded <= _SMALL):
+            padding = padded - real - length
+            if padded <= budget and (padding <= waste * padded or padded <= _SMALL):
                 batch.append(index)
                 real += length
                 continue

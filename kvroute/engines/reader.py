@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from kvroute.engines.base import Vectors
-from kvroute.engines.batching import plan_batches
+from kvroute.engines.batching import READING_WASTE, plan_batches
 from kvroute.engines.loading import describe
 from kvroute.engines.memory import is_out_of_memory
 from kvroute.engines.prompts import PromptTokenizer
@@ -272,7 +272,9 @@ class TransformersReader:
                 del result
                 advance(len(batch))
 
-    def _halve_budget(self, lengths: Sequence[int], pending: list[list[int]], share: int = 1) -> list[list[int]]:
+    def _halve_budget(
+        self, lengths: Sequence[int], pending: list[list[int]], share: int = 1, waste: float = READING_WASTE
+    ) -> list[list[int]]:
         """Plan what is left anew, with half the budget, of which a batch may take ``share`` times the tokens."""
         self.token_budget = max(1, self.token_budget // 2)
         warnings.warn(
@@ -283,7 +285,8 @@ class TransformersReader:
         if self.model.device.type == "cuda":
             torch.cuda.empty_cache()
         rest = [i for batch in pending for i in batch]
-        return [[rest[i] for i in b] for b in plan_batches([lengths[i] for i in rest], self.token_budget * share)]
+        plan = plan_batches([lengths[i] for i in rest], self.token_budget * share, waste=waste)
+        return [[rest[i] for i in b] for b in plan]
 
     def pool(
         self,

@@ -9,7 +9,7 @@ from typing import Any, Self, overload
 
 import torch
 
-from kvroute.engines.batching import plan_batches
+from kvroute.engines.batching import WRITING_WASTE, plan_batches
 from kvroute.engines.decoding import DecodeSession, Prefix
 from kvroute.engines.loading import load_model
 from kvroute.engines.memory import is_out_of_memory
@@ -272,7 +272,7 @@ class TransformersEngine(TransformersReader):
     ) -> Iterator[GenerationChunk]:
         lengths = [len(p) + options.max_tokens for p in prompts]
         streams = random_streams(prompts)
-        pending = plan_batches(lengths, self.token_budget * _SHARE)
+        pending = plan_batches(lengths, self.token_budget * _SHARE, waste=WRITING_WASTE)
         while pending:
             batch = pending.pop(0)
             left = set(batch)
@@ -308,7 +308,7 @@ class TransformersEngine(TransformersReader):
             else:
                 continue
             del session
-            pending = self._halve_budget(lengths, [[i for i in batch if i in left], *pending], _SHARE)
+            pending = self._halve_budget(lengths, [[i for i in batch if i in left], *pending], _SHARE, WRITING_WASTE)
 
     def _write(self, session: DecodeSession, batch: list[int], cancel: CancelToken | None) -> Iterator[GenerationChunk]:
         while session.active:

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvroute.engines.batching import padding_share, plan_batches
+from kvroute.engines.batching import WRITING_WASTE, padding_share, plan_batches
 
 
 @settings(max_examples=200, deadline=None)
@@ -45,3 +45,11 @@ def test_a_thousand_texts_of_mixed_length_waste_under_a_tenth(kind: str, budget:
 def test_nothing_to_plan() -> None:
     assert plan_batches([], 100) == []
     assert padding_share([], []) == 0.0
+
+
+def test_answers_of_unlike_prompts_are_written_together() -> None:
+    """A second batch costs every step of the answers again, so padding may be more than where texts are read."""
+    lengths = [16 + n for n in (48, 45, 42, 39, 36, 33, 30, 27)]
+    assert len(plan_batches(lengths, 8192, waste=WRITING_WASTE)) == 1
+    assert len(plan_batches(lengths, 8192)) > 1
+    assert len(plan_batches([1000, *lengths], 8192, waste=WRITING_WASTE)) == 2

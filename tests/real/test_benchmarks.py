@@ -1,0 +1,30 @@
+"""Every script in benchmarks/ runs with ``--quick --json`` and ends with its line of JSON. Nothing is timed here."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+SCRIPTS = sorted(p.name for p in (ROOT / "benchmarks").glob("[a-z]*.py"))
+
+pytestmark = [pytest.mark.real, pytest.mark.slow]
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_quick_run_ends_with_json(script: str, tmp_path: Path) -> None:
+    command = [sys.executable, "-W", "ignore", str(ROOT / "benchmarks" / script), "--quick", "--json"]
+    ran = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False)
+    assert ran.returncode == 0, ran.stderr[-3000:]
+    found = json.loads(ran.stdout.splitlines()[-1])
+    assert found["name"] == script.removesuffix(".py")
+    assert found["figures"]
+    for figure in found["figures"].values():
+        assert set(figure) == {"value", "low", "high", "must", "ok"}
+        assert figure["low"] <= figure["value"] <= figure["high"]
+    assert found["ok"] in (True, False, None)
+    assert found["versions"]["torch"]
