@@ -16,7 +16,7 @@ from kvroute.engines.batching import plan_batches
 def main() -> None:
     arguments = parse_arguments(__doc__)
     engine = TransformersEngine.from_pretrained(arguments.model, dtype="float32")
-    texts = mixed_texts(12 if arguments.quick else 64, arguments.seed)
+    texts = mixed_texts(12 if arguments.quick else 40, arguments.seed)
     ids = engine.tokenize_texts(texts)
     half = PoolingSpec(layers=0.5, part="v", weights="sif", heads="concat", layer_reduce="concat")
     batches = plan_batches([len(i) for i in ids], engine.token_budget)

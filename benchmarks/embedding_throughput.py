@@ -24,7 +24,7 @@ def main() -> None:
     arguments = parse_arguments(__doc__)
     source: str | Path = bundled_path(arguments.model) if arguments.model in BUNDLED else arguments.model
     engine = TransformersEngine.from_pretrained(arguments.model, dtype="float32")
-    texts = mixed_texts(10 if arguments.quick else 64, arguments.seed)
+    texts = mixed_texts(10 if arguments.quick else 32, arguments.seed)
     embedder = KVEmbedder(engine, PoolingSpec(layers="all", part="v", heads="concat", layer_reduce="mean"))
     transformer = Transformer(str(source), model_kwargs={"dtype": torch.float32})
     transformer.tokenizer.pad_token = transformer.tokenizer.pad_token or transformer.tokenizer.eos_token
