@@ -312,7 +312,12 @@ def _files(folder: Path) -> int:
 
 def test_an_interrupt_exits_130(model: str, tmp_path: Path) -> None:
     (tmp_path / "in.txt").write_text("\n".join(f"text {i}" * 20 for i in range(20000)))
-    process = subprocess.Popen(_embed(model, tmp_path, "o.npy"), stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        _embed(model, tmp_path, "o.npy"),
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # noqa: PLW1509 - a job in the background ignores it
+    )
     partial = tmp_path / "o.npy.partial"
     for _ in range(600):
         if partial.is_dir() and len(list(partial.iterdir())) > 1:
