@@ -218,11 +218,6 @@ def _ratio(rounds: Rounds, ratio: Ratio, seed: int) -> Figure:
     return summarise(wall.tolist(), ratio.must, seed=seed, cpu=(top / bottom).tolist() if (bottom > 0).all() else ())
 
 
-def measure_ratio(name: str, side_a: Side, side_b: Side, must: str | None = "<= 1.02", **how: Any) -> Figure:
-    """Seconds of ``side_a`` / seconds of ``side_b``; ``how`` as in :func:`measure`."""
-    return measure({"a": side_a, "b": side_b}, {name: Ratio("a", "b", must)}, **how).figures[name]
-
-
 # ---------------------------------------------------------------------- output
 
 _OK = {True: "yes", False: "**no**", None: "undecided"}

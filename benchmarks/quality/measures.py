@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 
 import numpy as np
-from scipy.stats import rankdata, spearmanr
+from scipy.stats import rankdata
 
 Array = np.ndarray
 ALPHAS = (0.1, 1.0, 10.0, 100.0, 1000.0)
@@ -29,10 +29,6 @@ def unit(vectors: Array) -> Array:
 
 def cosines(a: Array, b: Array) -> Array:
     return (unit(a) * unit(b)).sum(axis=1)
-
-
-def spearman(similarity: Array, gold: Array) -> float:
-    return float(spearmanr(similarity, gold).statistic)
 
 
 def ndcg_at_10(queries: Array, documents: Array, relevant: list[dict[int, float]]) -> Array:

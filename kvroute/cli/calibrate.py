@@ -10,7 +10,18 @@ from typing import Annotated, Literal
 
 import typer
 
-from kvroute.cli.common import Device, Dtype, Force, Json, Model, Quiet, load_engine, print_json, show_progress
+from kvroute.cli.common import (
+    Device,
+    Dtype,
+    Force,
+    Json,
+    Model,
+    Quiet,
+    load_engine,
+    names_in,
+    print_json,
+    show_progress,
+)
 from kvroute.errors import InvalidInputError
 from kvroute.rows import parse_jsonl, read_text
 
@@ -46,13 +57,12 @@ def command(
         rows.append({**row, "prompt": row["messages"]} if "messages" in row else row)
     if not rows:
         raise InvalidInputError(f"{confidence} holds no row.")
-    chosen = None if scores is None else [s.strip() for s in scores.split(",") if s.strip()]
     kind: Literal["logistic", "isotonic"] = "isotonic" if method == "isotonic" else "logistic"
     if method != kind:
         raise InvalidInputError(f"The method is logistic or isotonic, not {method!r}.")
     engine = load_engine(model, dtype, device)
     fitted = ConfidenceCalibrator.fit_rows(
-        rows, engine=engine, names=chosen, method=kind, seed=seed, progress=show_progress(quiet)
+        rows, engine=engine, names=names_in(scores), method=kind, seed=seed, progress=show_progress(quiet)
     )
     fitted.save(target)
     if as_json:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -13,6 +14,7 @@ from kvroute.errors import InvalidInputError
 
 if TYPE_CHECKING:
     from kvroute import ConfidenceCalibrator, ModelInfo, PoolingSpec, TransformersEngine
+    from kvroute.rows import PartialRun
 
 Model = Annotated[str, typer.Option("--model", "-m", help="smollm2, a local folder or a hub id.")]
 Dtype = Annotated[str, typer.Option(help="float32, bfloat16, float16 or auto.")]
@@ -63,6 +65,36 @@ def load_calibrator(name: str | None, info: ModelInfo) -> ConfidenceCalibrator |
 def print_json(value: Any) -> None:
     """One JSON object on standard output."""
     sys.stdout.write(json.dumps(value, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def names_in(text: str | None) -> list[str] | None:
+    """Names with commas between, or None for the default."""
+    return None if text is None else [name.strip() for name in text.split(",") if name.strip()]
+
+
+def work_to_stdout(label: str, rows: int, size: int, work: Callable[[int, int], bytes], *, quiet: bool) -> None:
+    """Do ``rows`` in chunks of ``size`` and print what ``work(start, stop)`` gives."""
+    from kvroute.progress import progress_bar
+
+    with progress_bar(label, rows, show=show_progress(quiet)) as advance:
+        for start in range(0, rows, size):
+            stop = min(start + size, rows)
+            sys.stdout.write(work(start, stop).decode())
+            advance(stop - start)
+
+
+def work_to_run(label: str, run: PartialRun, work: Callable[[int, int], bytes], *, quiet: bool) -> int:
+    """Do the chunks that a run still misses; returns how many rows were there already."""
+    from kvroute.progress import progress_bar
+
+    missing = run.missing
+    resumed = run.rows - sum(stop - start for start, stop in missing)
+    with progress_bar(label, run.rows, show=show_progress(quiet)) as advance:
+        advance(resumed)
+        for start, stop in missing:
+            run.write(start, work(start, stop))
+            advance(stop - start)
+    return resumed
 
 
 def show_progress(quiet: bool) -> bool | None:

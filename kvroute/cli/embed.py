@@ -24,7 +24,8 @@ from kvroute.cli.common import (
     load_engine,
     load_spec,
     print_json,
-    show_progress,
+    work_to_run,
+    work_to_stdout,
 )
 from kvroute.errors import EmptyTextError, InvalidInputError, MissingExtraError, TextTooLongError
 from kvroute.rows import PartialRun, digest_of, parse_jsonl, parse_lines, read_text, text_field
@@ -75,19 +76,14 @@ def command(
         prompt = made.prompt(prompt_name, prompt)
     _check(made, file, texts, prompt, truncate)
 
-    def chunk(start: int, stop: int) -> np.ndarray[Any, np.dtype[np.float32]]:
-        return made.encode(
+    def chunk(start: int, stop: int) -> bytes:
+        vectors = made.encode(
             texts[start:stop], prompt=prompt, truncate=truncate, normalize=normalize or None, progress=False
         )
-
-    from kvroute.progress import progress_bar
+        return _jsonl(ids, start, vectors) if suffix == ".jsonl" else _npy(vectors)
 
     if out == "-":
-        with progress_bar("Embedding", len(texts), show=show_progress(quiet)) as advance:
-            for start in range(0, len(texts), CHUNK):
-                stop = min(start + CHUNK, len(texts))
-                sys.stdout.write(_jsonl(ids, start, chunk(start, stop)).decode())
-                advance(stop - start)
+        work_to_stdout("Embedding", len(texts), CHUNK, chunk, quiet=quiet)
         return
     identity = {
         "command": "embed",
@@ -103,14 +99,7 @@ def command(
         "format": suffix,
     }
     with PartialRun(Path(out), identity, len(texts), chunk=CHUNK, restart=restart, force=force) as run:
-        missing = run.missing
-        resumed = len(texts) - sum(stop - start for start, stop in missing)
-        with progress_bar("Embedding", len(texts), show=show_progress(quiet)) as advance:
-            advance(resumed)
-            for start, stop in missing:
-                vectors = chunk(start, stop)
-                run.write(start, _jsonl(ids, start, vectors) if suffix == ".jsonl" else _npy(vectors))
-                advance(stop - start)
+        resumed = work_to_run("Embedding", run, chunk, quiet=quiet)
         if suffix == ".npy":
             run.finish(_join_npy)
         elif suffix == ".parquet":

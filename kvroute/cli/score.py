@@ -20,8 +20,10 @@ from kvroute.cli.common import (
     Restart,
     load_calibrator,
     load_engine,
+    names_in,
     print_json,
-    show_progress,
+    work_to_run,
+    work_to_stdout,
 )
 from kvroute.errors import InvalidInputError
 from kvroute.rows import PartialRun, digest_of, parse_jsonl, read_text, text_field
@@ -46,7 +48,6 @@ def command(
 ) -> None:
     """Score answers that exist. Each row comes back with scores, reasons where there is none, and a confidence."""
     from kvroute import SelfEvaluator
-    from kvroute.progress import progress_bar
 
     if out != "-" and Path(out).suffix != ".jsonl":
         raise InvalidInputError(f"{out!r} does not end in .jsonl.")
@@ -56,9 +57,8 @@ def command(
     pairs = [(_prompt(row, file, number), text_field(row, "answer", file, number)) for number, row in rows]
     finish = [_finish(row, file, number) for number, row in rows]
     engine = load_engine(model, dtype, device)
-    chosen = None if scores is None else [s.strip() for s in scores.split(",") if s.strip()]
     fitted = load_calibrator(calibrator, engine.info)
-    evaluator = SelfEvaluator(engine, calibrator=fitted, scores=chosen)
+    evaluator = SelfEvaluator(engine, calibrator=fitted, scores=names_in(scores))
     began = time.perf_counter()
 
     def chunk(start: int, stop: int) -> bytes:
@@ -76,11 +76,7 @@ def command(
         return ("\n".join(lines) + "\n").encode()
 
     if out == "-":
-        with progress_bar("Scoring", len(rows), show=show_progress(quiet)) as advance:
-            for start in range(0, len(rows), _CHUNK):
-                stop = min(start + _CHUNK, len(rows))
-                sys.stdout.write(chunk(start, stop).decode())
-                advance(stop - start)
+        work_to_stdout("Scoring", len(rows), _CHUNK, chunk, quiet=quiet)
         return
     identity = {
         "command": "score",
@@ -91,13 +87,7 @@ def command(
         "calibrator": None if fitted is None else fitted.model_dump(mode="json"),
     }
     with PartialRun(Path(out), identity, len(rows), chunk=_CHUNK, restart=restart, force=force) as run:
-        missing = run.missing
-        resumed = len(rows) - sum(stop - start for start, stop in missing)
-        with progress_bar("Scoring", len(rows), show=show_progress(quiet)) as advance:
-            advance(resumed)
-            for start, stop in missing:
-                run.write(start, chunk(start, stop))
-                advance(stop - start)
+        resumed = work_to_run("Scoring", run, chunk, quiet=quiet)
         run.finish()
     if as_json:
         print_json({"rows": len(rows), "out": out, "resumed": resumed, "seconds": time.perf_counter() - began})
