@@ -43,6 +43,8 @@ if TYPE_CHECKING:
         Timings,
         Usage,
     )
+    from kvroute.heads.head import DifficultyHead
+    from kvroute.heads.neighbours import Neighbour
     from kvroute.info import LayerInfo, ModelInfo
     from kvroute.pooling import PRESETS, PoolingSpec, pool
     from kvroute.postprocess import PostProcessor
@@ -57,6 +59,7 @@ _LAZY = {
     "ChainSpec": "kvroute.chains",
     "ChainState": "kvroute.chains",
     "ConfidenceCalibrator": "kvroute.calibration",
+    "DifficultyHead": "kvroute.heads.head",
     "Engine": "kvroute.engines.base",
     "Evaluation": "kvroute.self_evaluation",
     "FrequencyTable": "kvroute.token_weights",
@@ -66,6 +69,7 @@ _LAZY = {
     "KVView": "kvroute_kernels",
     "LayerInfo": "kvroute.info",
     "ModelInfo": "kvroute.info",
+    "Neighbour": "kvroute.heads.neighbours",
     "PRESETS": "kvroute.pooling",
     "PoolingSpec": "kvroute.pooling",
     "PostProcessor": "kvroute.postprocess",
@@ -92,6 +96,7 @@ __all__ = [
     "ChainState",
     "ChatTemplateError",
     "ConfidenceCalibrator",
+    "DifficultyHead",
     "EmptyTextError",
     "Engine",
     "Evaluation",
@@ -108,6 +113,7 @@ __all__ = [
     "ModelInfo",
     "ModelLoadError",
     "ModelMismatchError",
+    "Neighbour",
     "NonFiniteCacheError",
     "OutOfMemoryError",
     "PoolingSpec",
