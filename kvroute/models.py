@@ -33,9 +33,6 @@ def cache_folder() -> Path:
 def bundled_path(name: str, *, convert: Callable[[Path, Path], None] | None = None) -> Path:
     """Folder with a bundled model, converted at the first call.
 
-    A conversion works in a folder of its own and is renamed when whole, so one that is killed leaves nothing that
-    looks whole; a lock keeps a second process waiting for the first.
-
     Args:
         name: a key of :data:`BUNDLED`.
         convert: how the GGUF file becomes a folder; for tests.
@@ -43,9 +40,26 @@ def bundled_path(name: str, *, convert: Callable[[Path, Path], None] | None = No
     Raises:
         ModelLoadError: the package that carries it is not installed, or the conversion fails.
     """
+    return package_folder(name, *BUNDLED[name], convert or _convert_gguf)
+
+
+def package_folder(name: str, distribution: str, file_name: str, convert: Callable[[Path, Path], None]) -> Path:
+    """Folder that is made at the first call out of a file that a package carries.
+
+    A conversion works in a folder of its own and is renamed when whole, so one that is killed leaves nothing that
+    looks whole; a lock keeps a second process waiting for the first.
+
+    Args:
+        name: the folder's name begins with it.
+        distribution: the package.
+        file_name: the file in it.
+        convert: takes the file and a new folder to fill.
+
+    Raises:
+        ModelLoadError: the package is not installed, or the conversion fails.
+    """
     from filelock import FileLock
 
-    distribution, file_name = BUNDLED[name]
     source, version = _find(distribution, file_name)
     root = cache_folder()
     target = root / f"{name}-{version}-f{_FORMAT}"
@@ -60,7 +74,7 @@ def bundled_path(name: str, *, convert: Callable[[Path, Path], None] | None = No
         work = root / f"{target.name}.tmp-{os.getpid()}"
         work.mkdir()
         try:
-            (convert or _convert_gguf)(source, work)
+            convert(source, work)
             (work / _DONE).write_text(
                 json.dumps({"source": file_name, "distribution": distribution, "version": version})
             )
