@@ -185,7 +185,7 @@ def rows_needed(mean: float, variance: float, a: float, *, high: float = 1.0, le
     gap = a - mean
     if gap <= 0:
         return None
-    z = norm.isf(level) + norm.isf(0.2)
+    z = float(norm.isf(level) + norm.isf(0.2))
     return math.ceil(1.05 * z * z * variance / gap**2 + 2 * -math.log(level) * (high - mean) / gap)
 
 
