@@ -1,0 +1,61 @@
+"""The process behind :mod:`kvroute.latex_checker`: reads pairs, one JSON object a line, and says whether they agree."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+
+_MEMORY = 2 << 30
+_SPARE = 2.0
+"""Seconds of processor time past the limit: the checker's own clock comes first, and this one ends a worker whose
+checker is gone."""
+
+
+def main() -> None:
+    """Answer requests until standard input ends."""
+    logging.disable()  # math-verify warns that its own limits are off
+    from math_verify import parse, verify
+
+    out = sys.stdout
+    sys.stdout = sys.stderr  # whatever sympy prints is no reply
+    _limit_memory()
+    out.write("ready\n")
+    out.flush()
+    for line in sys.stdin:
+        request = json.loads(line)
+        _limit_time(request["seconds"] + _SPARE)
+        same = read = False
+        try:
+            # In prose math-verify looks for the expression itself; a formula is parsed as a whole.
+            text = request["found"] if request["prose"] else f"${request['found']}$"
+            found, answer = (parse(t, parsing_timeout=None) for t in (text, f"${request['answer']}$"))
+            read = bool(found)
+            same = bool(found and answer) and verify(answer, found, timeout_seconds=None)
+        except (Exception, RecursionError, MemoryError):  # noqa: BLE001 - sympy raises anything on what it can't do
+            pass
+        out.write(json.dumps({"same": same, "read": read}) + "\n")
+        out.flush()
+
+
+def _limit_memory() -> None:
+    try:
+        import resource
+    except ImportError:  # Windows
+        return
+    _, hard = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (_MEMORY if hard == resource.RLIM_INFINITY else min(_MEMORY, hard), hard))
+
+
+def _limit_time(seconds: float) -> None:
+    try:
+        import resource
+    except ImportError:
+        return
+    used = resource.getrusage(resource.RUSAGE_SELF)
+    _, hard = resource.getrlimit(resource.RLIMIT_CPU)
+    resource.setrlimit(resource.RLIMIT_CPU, (int(used.ru_utime + used.ru_stime + seconds) + 1, hard))
+
+
+if __name__ == "__main__":
+    main()
