@@ -48,6 +48,8 @@ if TYPE_CHECKING:
     from kvroute.info import LayerInfo, ModelInfo
     from kvroute.pooling import PRESETS, PoolingSpec, pool
     from kvroute.postprocess import PostProcessor
+    from kvroute.routing_evaluation import evaluate_head
+    from kvroute.routing_report import RoutingReport
     from kvroute.scores import SCORES, Score, ScoreInfo
     from kvroute.self_evaluation import Evaluation, SelfEvaluator
     from kvroute.token_weights import FrequencyTable
@@ -74,6 +76,7 @@ _LAZY = {
     "PoolingSpec": "kvroute.pooling",
     "PostProcessor": "kvroute.postprocess",
     "Prefix": "kvroute.engines.decoding",
+    "RoutingReport": "kvroute.routing_report",
     "SCORES": "kvroute.scores",
     "SamplingOptions": "kvroute.generation",
     "Score": "kvroute.scores",
@@ -83,6 +86,7 @@ _LAZY = {
     "TransformersEngine": "kvroute.engines.transformers_engine",
     "Usage": "kvroute.generation",
     "chain_scores": "kvroute.chains",
+    "evaluate_head": "kvroute.routing_evaluation",
     "pool": "kvroute.pooling",
 }
 
@@ -119,6 +123,7 @@ __all__ = [
     "PoolingSpec",
     "PostProcessor",
     "Prefix",
+    "RoutingReport",
     "SamplingOptions",
     "Score",
     "ScoreInfo",
@@ -132,6 +137,7 @@ __all__ = [
     "WindowedLayerError",
     "__version__",
     "chain_scores",
+    "evaluate_head",
     "pool",
 ]
 

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from kvroute._version import __version__
-from kvroute.cli import ask, calibrate, embed, info, score
+from kvroute.cli import ask, calibrate, embed, evaluate, info, score
 from kvroute.errors import KVRouteError
 
 app = typer.Typer(
@@ -24,6 +24,7 @@ app.command("embed")(embed.command)
 app.command("score")(score.command)
 app.command("ask")(ask.command)
 app.command("calibrate")(calibrate.command)
+app.command("evaluate")(evaluate.command)
 
 
 _debugging = False
