@@ -35,7 +35,8 @@ def label_rows(n: int, *, seed: int = 0, shuffle: bool = False) -> list[LabelRow
         rows.append(
             LabelRow(
                 id=f"q{i}", question=f"question {i} of {rng.integers(1000)}?", answer="1",
-                answer_type="number", part=part, skeleton=f"s{i // 2}", prompt_ids=_tokens(rng, int(rng.integers(6, 14)), hardness[i]),
+                answer_type="number", part=part, skeleton=f"s{i // 2}",
+                prompt_ids=_tokens(rng, int(rng.integers(6, 14)), hardness[i]),
                 fast=(fast,), slow=(slow,), label=label,
             )
         )  # fmt: skip
