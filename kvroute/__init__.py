@@ -31,6 +31,7 @@ from kvroute.errors import (
 if TYPE_CHECKING:
     from kvroute.calibration import ConfidenceCalibrator
     from kvroute.chains import ChainScores, ChainSpec, ChainState, chain_scores
+    from kvroute.checkers import CheckResult
     from kvroute.embedder import KVEmbedder
     from kvroute.engines.base import Engine
     from kvroute.engines.decoding import Prefix
@@ -46,6 +47,8 @@ if TYPE_CHECKING:
     from kvroute.heads.head import DifficultyHead
     from kvroute.heads.neighbours import Neighbour
     from kvroute.info import LayerInfo, ModelInfo
+    from kvroute.label_rows import LabelRow, read_labels
+    from kvroute.labelling import Question, label_questions
     from kvroute.pooling import PRESETS, PoolingSpec, pool
     from kvroute.postprocess import PostProcessor
     from kvroute.routing_evaluation import evaluate_head
@@ -60,6 +63,7 @@ _LAZY = {
     "ChainScores": "kvroute.chains",
     "ChainSpec": "kvroute.chains",
     "ChainState": "kvroute.chains",
+    "CheckResult": "kvroute.checkers",
     "ConfidenceCalibrator": "kvroute.calibration",
     "DifficultyHead": "kvroute.heads.head",
     "Engine": "kvroute.engines.base",
@@ -69,6 +73,7 @@ _LAZY = {
     "GenerationChunk": "kvroute.generation",
     "KVEmbedder": "kvroute.embedder",
     "KVView": "kvroute_kernels",
+    "LabelRow": "kvroute.label_rows",
     "LayerInfo": "kvroute.info",
     "ModelInfo": "kvroute.info",
     "Neighbour": "kvroute.heads.neighbours",
@@ -76,6 +81,7 @@ _LAZY = {
     "PoolingSpec": "kvroute.pooling",
     "PostProcessor": "kvroute.postprocess",
     "Prefix": "kvroute.engines.decoding",
+    "Question": "kvroute.labelling",
     "RoutingReport": "kvroute.routing_report",
     "SCORES": "kvroute.scores",
     "SamplingOptions": "kvroute.generation",
@@ -87,7 +93,9 @@ _LAZY = {
     "Usage": "kvroute.generation",
     "chain_scores": "kvroute.chains",
     "evaluate_head": "kvroute.routing_evaluation",
+    "label_questions": "kvroute.labelling",
     "pool": "kvroute.pooling",
+    "read_labels": "kvroute.label_rows",
 }
 
 __all__ = [
@@ -99,6 +107,7 @@ __all__ = [
     "ChainSpec",
     "ChainState",
     "ChatTemplateError",
+    "CheckResult",
     "ConfidenceCalibrator",
     "DifficultyHead",
     "EmptyTextError",
@@ -112,6 +121,7 @@ __all__ = [
     "KVEmbedder",
     "KVRouteError",
     "KVView",
+    "LabelRow",
     "LayerInfo",
     "MissingExtraError",
     "ModelInfo",
@@ -123,6 +133,7 @@ __all__ = [
     "PoolingSpec",
     "PostProcessor",
     "Prefix",
+    "Question",
     "RoutingReport",
     "SamplingOptions",
     "Score",
@@ -138,7 +149,9 @@ __all__ = [
     "__version__",
     "chain_scores",
     "evaluate_head",
+    "label_questions",
     "pool",
+    "read_labels",
 ]
 
 

@@ -8,6 +8,7 @@ the checker stops it after ``time_limit`` seconds whatever it does.
 from __future__ import annotations
 
 import atexit
+import contextlib
 import importlib.util
 import json
 import queue
@@ -141,10 +142,8 @@ def _kill(worker: subprocess.Popen[str]) -> None:
     worker.wait()
     for pipe in (worker.stdin, worker.stdout):
         if pipe is not None:
-            try:
+            with contextlib.suppress(OSError):  # what was not flushed goes nowhere
                 pipe.close()
-            except OSError:  # what was not flushed goes nowhere
-                pass
 
 
 _shared: LatexChecker | None = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import logging
 import sys
@@ -15,7 +16,8 @@ checker is gone."""
 def main() -> None:
     """Answer requests until standard input ends."""
     logging.disable()  # math-verify warns that its own limits are off
-    from math_verify import parse, verify
+    math_verify = importlib.import_module("math_verify")
+    parse, verify = math_verify.parse, math_verify.verify
 
     out = sys.stdout
     sys.stdout = sys.stderr  # whatever sympy prints is no reply

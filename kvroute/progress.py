@@ -11,7 +11,7 @@ from kvroute.errors import InvalidInputError
 
 @contextmanager
 def progress_bar(what: str, total: int, *, show: bool | None = None) -> Iterator[Callable[[int], None]]:
-    """A bar on standard error. Yields a function that is told how much more is done.
+    """A bar on standard error, with the time that is left. Yields a function that is told how much more is done.
 
     Args:
         what: the label.
@@ -27,6 +27,7 @@ def progress_bar(what: str, total: int, *, show: bool | None = None) -> Iterator
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True)) as bar:
+    # Work comes in chunks of minutes: the speed is taken over hours, else the time that is left could not be told.
+    with Progress(*columns, console=Console(stderr=True), speed_estimate_period=6 * 3600) as bar:
         task = bar.add_task(what, total=total)
         yield lambda done: bar.advance(task, done)

@@ -18,16 +18,22 @@ from kvroute.label_rows import PARTS, Part
 SHARES: dict[Part, float] = {"train": 0.5, "validation": 0.15, "calibration": 0.2, "test": 0.15}
 """By part, the share of the skeletons."""
 
-_NUMBER_WORDS = frozenset(
+
+def _words(text: str) -> frozenset[str]:
+    return frozenset(text.split())
+
+
+_NUMBER_WORDS = _words(
     "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen "
-    "eighteen nineteen twenty thirty forty fifty sixty seventy eighty ninety hundred thousand million billion".split()
+    "eighteen nineteen twenty thirty forty fifty sixty seventy eighty ninety hundred thousand million billion"
 )
-_OPENERS = frozenset(
-    "a an the this that these those there here it its he she they we you i his her their our your my who whose whom what "
-    "which when where why how if in on at to from for of by with without within after before during while until since as "
-    "and or but so then now also each every all any some many much most more both either neither no not yes one is are "
-    "was were be been do does did has have had can could will would shall should may might must let suppose given find "
-    "compute calculate determine evaluate solve simplify express assume consider choices passage question answer".split()
+_OPENERS = _words(
+    "a an the this that these those there here it its he she they we you i his her their our your my who whose whom "
+    "what which when where why how if in on at to from for of by with without within after before during while until "
+    "since as and or but so then now also each every all any some many much most more both either neither no not yes "
+    "one is are was were be been do does did has have had can could will would shall should may might must let suppose "
+    "given find compute calculate determine evaluate solve simplify express assume consider choices passage question "
+    "answer"
 )
 """Words that open sentences and are no names."""
 _TOKEN = re.compile(r"\d+(?:[.,:/]\d+)*|[^\W\d_]+(?:['’][^\W\d_]+)?|[^\w\s]|_")
