@@ -1,0 +1,134 @@
+"""``kvroute train`` on a tiny model: the folder, the tables, JSON, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kvroute import DifficultyHead, ModelInfo, TransformersEngine
+from kvroute.cli import main
+from kvroute.files import read_json
+from kvroute.label_rows import write_meta
+from label_data import label_meta, label_rows
+
+Run = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory, tiny_model: Callable[..., Any], tiny_tokenizer: Any) -> str:
+    folder = tmp_path_factory.mktemp("model")
+    tiny_model("llama").save_pretrained(folder)
+    tiny_tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def info(model: str) -> ModelInfo:
+    return TransformersEngine.from_pretrained(model).info
+
+
+@pytest.fixture(scope="module")
+def labels(model: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("labels") / "labels.jsonl"
+    path.write_text("".join(r.model_dump_json() + "\n" for r in label_rows(240)))
+    write_meta(path, label_meta(TransformersEngine.from_pretrained(model)))
+    return path
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str]) -> Run:
+    def call(*arguments: object) -> tuple[int, str, str]:
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            main([str(a) for a in arguments])
+        out, err = capsys.readouterr()
+        return int(ended.value.code or 0), out, err
+
+    return call
+
+
+def test_a_head_is_trained_and_saved(run: Run, model: str, labels: Path, info: ModelInfo, tmp_path: Path) -> None:
+    out = tmp_path / "heads" / "one"
+    options = ("train", labels, "-o", out, "-m", model, "--quick", "--kind", "ridge", "--seed", 1)
+    code, text, _ = run(*options)
+    assert code == 0
+    assert "auroc_fast_right" in text
+    assert "windows in mid-thought" in text
+    head = DifficultyHead.load(out, info)
+    assert (head.kind, head.target) == ("ridge", "difficulty")
+    assert head.windows is not None
+    report = read_json(out / "search.json", "kvroute.search")
+    assert report["held_out"] == head.metrics
+    assert len({json.dumps(c["spec"]) for c in report["tried"]}) > 50
+    assert report["windows"]["tried"]
+    assert run(*options)[0] == 2  # it is there already
+    code, text, _ = run(*options, "--force", "--json", "--no-windows")
+    assert code == 0
+    said = json.loads(text)
+    assert said["held_out"] == head.metrics  # the same head from the same seed
+    assert said["windows"] is None
+    assert said["tried"] == len(report["tried"])
+    assert DifficultyHead.load(out, info).windows is None
+
+
+def test_a_spec_is_a_preset_a_file_or_json(run: Run, model: str, labels: Path, info: ModelInfo, tmp_path: Path) -> None:
+    file = tmp_path / "spec.json"
+    file.write_text('{"layers": "all", "part": "v"}')
+    given = {"a": "paper-classifier", "b": file, "c": '{"layers": [1, 2], "part": "k"}'}
+    for name, spec in given.items():
+        code, _, err = run(
+            "train", labels, "-o", tmp_path / name, "-m", model, "--spec", spec, "--kind", "ridge", "--no-windows"
+        )
+        assert code == 0, err
+    specs = [DifficultyHead.load(tmp_path / n, info).spec for n in given]
+    assert [s.part for s in specs] == ["kv", "v", "k"]
+    assert specs[0].window == 64
+    assert specs[2].layers == (1, 2)
+
+
+def test_a_confidence_stands_beside_the_core_s_scores(run: Run, model: str, labels: Path, tmp_path: Path) -> None:
+    options = ("train", labels, "-m", model, "--target", "correct", "--quick", "--kind", "ridge")
+    code, text, _ = run(*options, "-o", tmp_path / "a")
+    assert code == 0
+    assert "logits combined" in text
+    code, text, _ = run(*options, "-o", tmp_path / "b", "--json")
+    said = json.loads(text)
+    assert said["target"] == "correct"
+    assert 0.5 < said["held_out"]["auroc_right"] <= 1
+    assert said["baselines"]["length"]["n"] == said["rows"]["test"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--kind", "forest"), "No kind of head is named 'forest'"),
+        (("--target", "mood"), "target is difficulty or correct"),
+        (("--spec", "nonsense"), "no preset and no file"),
+        (("--spec", "{"), "Not a PoolingSpec"),
+        (("--spec", '{"layers": [99]}'), "Layer 99"),
+        (("--budget-seconds", "0"), "budget_seconds"),
+    ],
+)
+def test_bad_options(
+    run: Run, model: str, labels: Path, tmp_path: Path, options: tuple[str, ...], message: str
+) -> None:
+    code, _, err = run("train", labels, "-o", tmp_path / "x", "-m", model, *options)
+    assert code == 2
+    assert message in err
+    assert not (tmp_path / "x").exists()
+
+
+def test_labels_of_another_model_or_without_header(run: Run, model: str, labels: Path, tmp_path: Path) -> None:
+    other = tmp_path / "labels.jsonl"
+    other.write_bytes(labels.read_bytes())
+    code, _, err = run("train", other, "-o", tmp_path / "x", "-m", model)
+    assert code == 2
+    assert "labels.jsonl.meta.json" in err
+    write_meta(other, label_meta(TransformersEngine.from_pretrained(model), fingerprint="f" * 16, model="somebody"))
+    code, _, err = run("train", other, "-o", tmp_path / "x", "-m", model)
+    assert code == 2
+    assert "somebody" in err
