@@ -15,8 +15,17 @@ from kvroute.pooling import _Spec
 from kvroute.scores import Score
 
 Message = Mapping[str, Any]
-Prompt = str | Sequence[Message]
-"""A text that is continued as it stands, or the messages of a chat."""
+
+
+@dataclass(frozen=True, slots=True)
+class TokenIds:
+    """A prompt given by its tokens, which are continued as they stand."""
+
+    ids: tuple[int, ...]
+
+
+Prompt = str | Sequence[Message] | TokenIds
+"""A text that is continued as it stands, the messages of a chat, or token ids."""
 
 FinishReason = Literal["stop", "length", "cancelled"]
 
@@ -148,18 +157,18 @@ def as_prompts(prompts: Prompt | Sequence[Prompt]) -> tuple[list[Prompt], bool]:
     Raises:
         InvalidInputError: neither texts nor chat messages.
     """
-    if isinstance(prompts, str):
+    if isinstance(prompts, str | TokenIds):
         return [prompts], True
     if not isinstance(prompts, Sequence):
-        raise InvalidInputError(f"A prompt is a text or a list of messages, not {type(prompts).__name__}.")
+        raise InvalidInputError(f"A prompt is a text, a list of messages or TokenIds, not {type(prompts).__name__}.")
     if prompts and all(isinstance(p, Mapping) for p in prompts):
         return [prompts], True  # type: ignore[list-item]
     for index, prompt in enumerate(prompts):
-        if isinstance(prompt, str):
+        if isinstance(prompt, str | TokenIds):
             continue
         if not isinstance(prompt, Sequence) or not prompt or not all(isinstance(m, Mapping) for m in prompt):
             raise InvalidInputError(
-                f"Prompt {index} is neither a text nor a list of messages.",
+                f"Prompt {index} is neither a text nor a list of messages nor TokenIds.",
                 hint="A message is a dict such as {'role': 'user', 'content': 'Hello'}.",
             )
     return list(prompts), False  # type: ignore[arg-type]

@@ -8,16 +8,16 @@ plain text.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from kvroute.errors import ChatTemplateError
+from kvroute.generation import Message, Prompt, TokenIds
 from kvroute.scores import Score
 
 if TYPE_CHECKING:
     from kvroute.engines.base import Engine
-    from kvroute.generation import Prompt
 
 _QUESTION = """Question: {question}
 Proposed answer: {answer}
@@ -43,6 +43,8 @@ class TrueQuestion:
 
 def true_question(engine: Engine, prompt: Prompt, answer: str) -> TrueQuestion | str:
     """The question whether an answer is true, or the reason why it can't be asked."""
+    if isinstance(prompt, TokenIds):
+        return "P(True) asks about a text, and the prompt is given by its tokens"
     text = _QUESTION.format(question=_as_text(prompt).strip(), answer=answer.strip())
     try:
         ids = engine.tokenize([{"role": "user", "content": text + _IN_CHAT}])
@@ -66,7 +68,7 @@ def _in_text(engine: Engine, text: str) -> TrueQuestion | str:
 _NO_CHOICE = "the tokenizer has no tokens that tell A from B"
 
 
-def _as_text(prompt: Prompt) -> str:
+def _as_text(prompt: str | Sequence[Message]) -> str:
     if isinstance(prompt, str):
         return prompt
     lines = [(str(m.get("role", "")), _content(m.get("content"))) for m in prompt]

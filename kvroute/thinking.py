@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, Self
 
 from kvroute.errors import ChatTemplateError, UnsupportedModelError
-from kvroute.generation import Prompt
+from kvroute.generation import Prompt, TokenIds
 from kvroute.pooling import _Spec
 
 if TYPE_CHECKING:
@@ -147,6 +147,8 @@ class ThinkingMode(_Spec):
             ChatTemplateError: messages, and no chat template (or it refuses them); or, with instructions, messages
                 that do not end with the user's.
         """
+        if isinstance(prompt, TokenIds):
+            return Layout(list(prompt.ids), *engine.tokenize_texts([self.fast, self.slow], special_tokens=False))
         if isinstance(prompt, str):
             fast, slow = engine.tokenize_texts([self.fast, self.slow], special_tokens=False)
             return Layout(engine.tokenize_texts([prompt])[0], fast, slow)

@@ -1,4 +1,8 @@
-"""One batch of answers: a prefill, then steps. Prompt features and answers come out of the same prefill."""
+"""One batch of answers: a prefill, then steps. Prompt features and answers come out of the same prefill.
+
+A row's tokens are its prompt and what follows. Those that are in the cache are its *held* ones; the others wait to be
+run, one a step: usually the one that was just chosen, more where tokens were forced (:mod:`kvroute.engines.steering`).
+"""
 
 from __future__ import annotations
 
@@ -15,11 +19,12 @@ from torch import Tensor
 from kvroute.chains import ChainState
 from kvroute.engines.sampling import Sampler, end_tokens
 from kvroute.engines.slab import SlabCache
+from kvroute.engines.steering import Steering
 from kvroute.engines.text import TextStream
 from kvroute.errors import KVRouteError
 from kvroute.features import FeaturePlan
 from kvroute.generation import FinishReason, Generation, SamplingOptions, Timings, Usage
-from kvroute.pooling import pool
+from kvroute.pooling import PoolingSpec, pool
 from kvroute.scores import Score, family, logit_scores
 from kvroute_kernels import KVView
 
@@ -54,12 +59,18 @@ class Prefix:
         return count
 
 
+Event = tuple[int, int | None, str]
+"""Row, token, text."""
+
+
 @dataclass(slots=True)
 class _Row:
     prompt: list[int]
     text: TextStream
     tokens: list[int]
+    pad: int = 0  # slots on the left that hold nothing
     cached: int = 0
+    noted: int = 0  # tokens that were chosen, not forced: those of the logit sums
     fed: int = 0  # answer tokens whose keys and values the chains have
     finish: FinishReason | None = None
     ended_at: float = 0.0
@@ -79,6 +90,9 @@ class DecodeSession:
         prefix: a cache that prompts may continue.
         sif_weights: SIF weight of every token for an ``a``, for pooled features that need them.
         follow_text: whether text is needed while it is written (streaming, stop texts).
+        steering: puts tokens behind the prompts and into answers.
+
+    Equal prompts are run once.
     """
 
     def __init__(
@@ -94,10 +108,12 @@ class DecodeSession:
         prefix: Prefix | None = None,
         sif_weights: Callable[[float], Tensor] | None = None,
         follow_text: bool = False,
+        steering: Steering | None = None,
     ) -> None:
         self.model, self.tokenizer, self.options, self.plan = model, tokenizer, options, plan
         self.num_layers = num_layers
         self.prefix = prefix
+        self.steering = steering
         self.sif_weights = sif_weights
         self.follow_text = follow_text or bool(options.stop)
         self.device = model.device
@@ -113,8 +129,11 @@ class DecodeSession:
         self.cache: SlabCache
         self.logits: Tensor
         self.width = max(len(r.prompt) for r in self.rows)
-        self.padding = torch.tensor([self.width - len(r.prompt) for r in self.rows], device=self.device)
-        self.steps = 0
+        for row in self.rows:
+            row.pad = self.width - len(row.prompt)
+        self.padding = torch.tensor([r.pad for r in self.rows], device=self.device)
+        self.slots = self.width  # of the cache, padding included
+        self.flushed = 0  # steps since the chains were fed
         self.prefilled = False
         self.feature_seconds = 0.0
         self.prefill_seconds = 0.0
@@ -126,31 +145,66 @@ class DecodeSession:
         """Run the prompts; leaves the logits of the first tokens and the prompts' features."""
         room = min(self.options.max_tokens, _SPARE)
         self.cache = SlabCache(self.model.config, capacity=self.width + room)
+        firsts: dict[tuple[int, ...], int] = {}
+        source = [firsts.setdefault(tuple(r.prompt), i) for i, r in enumerate(self.rows)]
+        unique = list(firsts.values())
         shared = 0
         if self.prefix is not None:
             shared = min(min(self.prefix.common(r.prompt), len(r.prompt) - 1) for r in self.rows)
-        new = max(len(r.prompt) for r in self.rows) - shared
+        new = self.width - shared
         if shared:
             assert self.prefix is not None
-            self.cache.continue_from(self.prefix.cache, [len(r.prompt) - new for r in self.rows], self.width)
+            kept = [len(self.rows[i].prompt) - new for i in unique]
+            self.cache.continue_from(self.prefix.cache, kept, self.width)
         ids, positions = [], []
         fill = next(iter(self.ends), 0)
-        for row in self.rows:
+        for row in (self.rows[i] for i in unique):
             taken = row.prompt[-new:]
             pad = new - len(taken)
             row.cached = len(row.prompt) - len(taken)
             ids.append([fill] * pad + taken)
             positions.append([0] * pad + list(range(row.cached, len(row.prompt))))
+        everyone = self.padding
+        self.padding = everyone[torch.tensor(unique, device=self.device)]
         self._forward(torch.tensor(ids, device=self.device), torch.tensor(positions, device=self.device))
+        if len(unique) < len(self.rows):
+            copies = torch.tensor([unique.index(i) for i in source], device=self.device)
+            self.cache.select_sequences(copies)
+            self.logits = self.logits[copies]
+            for i, first in enumerate(source):
+                if first != i:
+                    self.rows[i].cached = len(self.rows[i].prompt)
+        self.padding = everyone
         self.prefilled = True
         self.prefill_seconds = time.perf_counter() - self.started
         self._prompt_features()
+        if self.steering is not None:
+            self._begin(self.steering)
+
+    def _begin(self, steering: Steering) -> None:
+        """Put the tokens behind the prompts that the steering wants there.
+
+        As many as all rows get run at once; the rest of longer ones one a step, beside rows that write already.
+        """
+        suffixes = steering.begin(self, list(self.active))
+        for row, suffix in zip(self.rows, suffixes, strict=True):
+            row.prompt += suffix
+        together = min(map(len, suffixes))
+        if len(self.cache.attention_layers) != len(self.cache.layers):
+            together = min(together, 1)  # recurrent layers continue one token at a time
+        if together == 0:
+            return
+        begin = [len(r.prompt) - len(s) for r, s in zip(self.rows, suffixes, strict=True)]
+        ids = [s[:together] for s in suffixes]
+        positions = [list(range(b, b + together)) for b in begin]
+        self.slots += together
+        self._forward(torch.tensor(ids, device=self.device), torch.tensor(positions, device=self.device))
 
     def _forward(self, ids: Tensor, positions: Tensor) -> None:
         """Run new tokens of all lanes; keeps the last one's logits, float32 ``[lanes, vocab]``."""
         mask = None
         if bool(self.padding.any()):
-            slots = torch.arange(self.width + self.steps, device=self.device)
+            slots = torch.arange(self.slots, device=self.device)
             mask = (slots[None] >= self.padding[:, None]).long()
         output = self.model(
             input_ids=ids,
@@ -162,22 +216,36 @@ class DecodeSession:
         )
         self.logits = output.logits[:, -1].float()
 
-    def step(self) -> list[tuple[int, int, str]]:
+    def step(self) -> list[Event]:
         """Choose one token for every answer that is being written, then run them.
 
         Returns:
-            (row, token, text that can be shown now) of each.
+            (row, token, text that can be shown now) of each, forced tokens among them; the token is None where a
+            steering ended an answer.
         """
+        due = [r for r in self.active if self._waiting(r) == 0]
+        events: list[Event] = self._choose(due) if due else []
+        ended = [r for r in due if self.rows[r].finish]
+        if ended:
+            self._close(ended)
+        if self.steering is not None:
+            events += self._steer(self.steering, [r for r in due if not self.rows[r].finish])
+        if self.active:
+            self._advance()
+        return events
+
+    def _choose(self, due: list[int]) -> list[Event]:
         lane_of = {row: lane for lane, row in enumerate(self.lanes)}
-        lanes = [lane_of[r] for r in self.active]
+        lanes = [lane_of[r] for r in due]
         logits = self.logits if len(lanes) == len(self.lanes) else self.logits[lanes]
-        contexts = [self.rows[r].prompt + self.rows[r].tokens for r in self.active] if self.sampler.penalty != 1 else []
-        tokens = self.sampler.choose(logits, self.active, contexts)
+        contexts = [self.rows[r].prompt + self.rows[r].tokens for r in due] if self.sampler.penalty != 1 else []
+        tokens = self.sampler.choose(logits, due, contexts)
         if self.plan.logits:
-            self._note_logits(logits, tokens)
-        events = []
-        for r, token in zip(self.active, tokens, strict=True):
+            self._note_logits(logits, due, tokens)
+        events: list[Event] = []
+        for r, token in zip(due, tokens, strict=True):
             row = self.rows[r]
+            row.noted += 1
             row.tokens.append(token)
             piece = row.text.push(token) if self.follow_text and token not in self.ends else ""
             if token in self.ends or row.text.stopped:
@@ -187,11 +255,20 @@ class DecodeSession:
             if row.finish and self.follow_text:
                 piece += row.text.finish()
             events.append((r, token, piece))
-        ended = [r for r in self.active if self.rows[r].finish]
-        if ended:
-            self._close(ended)
-        if self.active:
-            self._advance()
+        return events
+
+    def _steer(self, steering: Steering, rows: list[int]) -> list[Event]:
+        events: list[Event] = []
+        for r, forced in (steering.after(self, rows) if rows else {}).items():
+            row = self.rows[r]
+            for token in forced:
+                row.tokens.append(token)
+                piece = row.text.push(token) if self.follow_text and token not in self.ends else ""
+                events.append((r, token, piece))
+        stopped = [r for r in self.active if self.rows[r].finish]
+        if stopped:
+            events += [(r, None, self.rows[r].text.finish() if self.follow_text else "") for r in stopped]
+            self._close(stopped)
         return events
 
     def _advance(self) -> None:
@@ -200,12 +277,17 @@ class DecodeSession:
             self.cache.select_sequences(keep)
             self.padding = self.padding[keep]
             self.lanes = list(self.active)
-        rows = [self.rows[r] for r in self.lanes]
-        ids = torch.tensor([[row.tokens[-1]] for row in rows], device=self.device)
-        self.steps += 1
-        positions = torch.tensor([[len(row.prompt) + self.steps - 1] for row in rows], device=self.device)
-        self._forward(ids, positions)
-        if self.chain is not None and self.steps % _FLUSH == 0:
+        ids, positions = [], []
+        for row in (self.rows[r] for r in self.lanes):
+            place = self.slots - row.pad
+            behind = place - len(row.prompt)
+            # An answer that has ended runs along with its last token, which nothing reads.
+            ids.append([row.prompt[place] if behind < 0 else row.tokens[min(behind, len(row.tokens) - 1)]])
+            positions.append([place])
+        self.slots += 1
+        self._forward(torch.tensor(ids, device=self.device), torch.tensor(positions, device=self.device))
+        self.flushed += 1
+        if self.chain is not None and self.flushed % _FLUSH == 0:
             self._feed_chain(self.active)
 
     def cancel(self) -> list[tuple[int, str]]:
@@ -264,7 +346,7 @@ class DecodeSession:
                 reason = self.errors[r].get("logits", "the answer has no token")
                 scores.update({n: Score(None, reason) for n in family("logits")})
             else:
-                means = (row.logit_sums / len(row.tokens)).tolist()
+                means = (row.logit_sums / row.noted).tolist()
                 scores.update(logit_scores(means))
         if self.plan.length:
             scores["length"] = Score(float(len(row.tokens)))
@@ -286,13 +368,43 @@ class DecodeSession:
     def view(self, rows: Sequence[int]) -> KVView:
         """The cache of some rows: their prompts and the answers' tokens but the last."""
         lanes = [self.lanes.index(r) for r in rows]
-        lengths = [len(self.rows[r].prompt) + self._written(r) for r in self.lanes]
+        lengths = [self._held(r) for r in self.lanes]
         view = self.cache.view(torch.tensor(lengths, device=self.device), self.padding)
         return view if lanes == list(range(len(self.lanes))) else view.select_sequences(lanes)
 
+    def _waiting(self, row: int) -> int:
+        """Tokens of a row that is being written which are not in the cache yet."""
+        r = self.rows[row]
+        return len(r.prompt) + len(r.tokens) - (self.slots - r.pad)
+
     def _written(self, row: int) -> int:
-        """Tokens of an answer but the last sampled one, which belongs to no feature (DESIGN section 3)."""
-        return max(len(self.rows[row].tokens) - 1, 0)
+        """Tokens of an answer in the cache, but never the last one, which belongs to no feature (DESIGN section 3)."""
+        r = self.rows[row]
+        return max(min(self.slots - r.pad - len(r.prompt), len(r.tokens) - 1), 0)
+
+    def _held(self, row: int) -> int:
+        """Tokens of a row in the cache, prompt included."""
+        r = self.rows[row]
+        return min(self.slots - r.pad, len(r.prompt) + max(len(r.tokens) - 1, 0))
+
+    # ------------------------------------------------------------------ what a steering sees
+
+    def pooled(self, rows: Sequence[int], spec: PoolingSpec) -> np.ndarray[Any, np.dtype[np.float32]]:
+        """Pooled vectors of all that is in the cache of some rows: see :class:`SteeredSession`."""
+        return self._pooled(list(rows), spec, [0] * len(rows), [self._held(r) for r in rows])
+
+    def tokens_of(self, row: int) -> Sequence[int]:
+        """The row's tokens behind its prompt."""
+        return self.rows[row].tokens
+
+    def room(self, row: int) -> int:
+        """How many more tokens the row may have."""
+        return self.options.max_tokens - len(self.rows[row].tokens)
+
+    def end(self, rows: Sequence[int]) -> None:
+        """End some answers here."""
+        for r in rows:
+            self.rows[r].finish = self.rows[r].finish or "cancelled"
 
     def _guard(self, rows: Sequence[int], name: str, work: Callable[[list[int]], None]) -> None:
         """Run feature work on some rows: a fault is noted and costs neither an answer nor its neighbours' features."""
@@ -336,14 +448,19 @@ class DecodeSession:
                 self._guard(full, name, work)
 
     def _pool(self, name: str, spec: Any, rows: list[int], start: list[int], stop: list[int]) -> None:
+        for r, vector in zip(rows, self._pooled(rows, spec, start, stop), strict=True):
+            self.features[r][name] = vector
+
+    def _pooled(
+        self, rows: list[int], spec: Any, start: list[int], stop: list[int]
+    ) -> np.ndarray[Any, np.dtype[np.float32]]:
         weights = None
         if spec.weights == "sif" and self.sif_weights is not None:
             table = self.sif_weights(spec.sif_a)
             ids = [self.rows[r].prompt + self.rows[r].tokens for r in rows]
             weights = [table[torch.tensor(i, device=table.device)] for i in ids]
         vectors = pool(self.view(rows), spec, num_layers=self.num_layers, start=start, stop=stop, sif_weights=weights)
-        for r, vector in zip(rows, vectors.float().cpu().numpy(), strict=True):
-            self.features[r][name] = vector
+        return vectors.float().cpu().numpy()
 
     def _feed_chain(self, rows: Sequence[int]) -> None:
         chain = self.chain
@@ -360,8 +477,8 @@ class DecodeSession:
 
         self._guard(due, "kv-coe", work)
 
-    def _note_logits(self, logits: Tensor, tokens: Sequence[int]) -> None:
-        place = {r: i for i, r in enumerate(self.active)}
+    def _note_logits(self, logits: Tensor, due: Sequence[int], tokens: Sequence[int]) -> None:
+        place = {r: i for i, r in enumerate(due)}
 
         def work(rows: list[int]) -> None:
             index = torch.tensor([place[r] for r in rows], device=logits.device)
@@ -372,7 +489,7 @@ class DecodeSession:
                 sums = self.rows[r].logit_sums
                 self.rows[r].logit_sums = statistics if sums is None else sums + statistics
 
-        self._guard(self.active, "logits", work)
+        self._guard(due, "logits", work)
 
 
 def logit_statistics(logprobs: Tensor, chosen: Tensor) -> Tensor:

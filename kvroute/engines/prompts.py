@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from kvroute.errors import ChatTemplateError, InvalidInputError
-from kvroute.generation import Message, Prompt
+from kvroute.generation import Message, Prompt, TokenIds
 
 
 class PromptTokenizer:
@@ -34,6 +34,8 @@ class PromptTokenizer:
             ChatTemplateError: messages, and no chat template (or it refuses them).
             InvalidInputError: the text can't be tokenized (a lone surrogate, say).
         """
+        if isinstance(prompt, TokenIds):
+            return list(prompt.ids)
         if isinstance(prompt, str):
             return self.tokenize_texts([prompt])[0]
         return self.tokenize_texts([self.render(prompt, open_turn=open_turn)], special_tokens=False)[0]

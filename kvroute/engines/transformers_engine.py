@@ -16,6 +16,7 @@ from kvroute.engines.memory import is_out_of_memory
 from kvroute.engines.reader import TransformersReader
 from kvroute.engines.sampling import random_streams
 from kvroute.engines.slab import SlabCache
+from kvroute.engines.steering import Steer
 from kvroute.engines.threads import in_thread
 from kvroute.errors import InvalidInputError, OutOfMemoryError, UnsupportedModelError
 from kvroute.features import FeaturePlan, Features, plan_features
@@ -120,6 +121,7 @@ class TransformersEngine(TransformersReader):
         features: Features = None,
         options: SamplingOptions | None = None,
         prefix: Prefix | None = None,
+        steer: Steer | None = None,
         cancel: CancelToken | None = None,
         progress: bool | None = None,
         **sampling: Any,
@@ -132,6 +134,7 @@ class TransformersEngine(TransformersReader):
         features: Features = None,
         options: SamplingOptions | None = None,
         prefix: Prefix | None = None,
+        steer: Steer | None = None,
         cancel: CancelToken | None = None,
         progress: bool | None = None,
         **sampling: Any,
@@ -144,6 +147,7 @@ class TransformersEngine(TransformersReader):
         features: Features = None,
         options: SamplingOptions | None = None,
         prefix: Prefix | None = None,
+        steer: Steer | None = None,
         cancel: CancelToken | None = None,
         progress: bool | None = None,
         **sampling: Any,
@@ -155,6 +159,7 @@ class TransformersEngine(TransformersReader):
         features: Features = None,
         options: SamplingOptions | None = None,
         prefix: Prefix | None = None,
+        steer: Steer | None = None,
         cancel: CancelToken | None = None,
         progress: bool | None = None,
         **sampling: Any,
@@ -167,6 +172,7 @@ class TransformersEngine(TransformersReader):
             options: how to write; or its fields as keywords: ``max_tokens``, ``temperature``, ``top_p``, ``seed``,
                 ``stop``, ``repetition_penalty``.
             prefix: a cache that the prompts may continue.
+            steer: puts tokens behind prompts and into answers: see :mod:`kvroute.engines.steering`.
             cancel: ends the work from elsewhere.
             progress: whether to show a bar for many prompts; by default on a terminal.
 
@@ -179,11 +185,11 @@ class TransformersEngine(TransformersReader):
             OutOfMemoryError: a single prompt does not fit the memory.
         """
         listed, single = as_prompts(prompts)
-        run = self._plan(listed, features, options, prefix, sampling)
+        run = self._plan(listed, features, options, prefix, sampling, reserve=steer.reserve if steer else 0)
         found: dict[int, Generation] = {}
         show = False if single else progress
         with progress_bar("Writing answers", len(listed), show=show) as advance:
-            for chunk in self._run(*run, prefix=prefix, cancel=cancel, follow_text=False):
+            for chunk in self._run(*run, prefix=prefix, steer=steer, cancel=cancel, follow_text=False):
                 if chunk.generation is not None:
                     found[chunk.index] = chunk.generation
                     advance(1)
@@ -196,6 +202,7 @@ class TransformersEngine(TransformersReader):
         features: Features = None,
         options: SamplingOptions | None = None,
         prefix: Prefix | None = None,
+        steer: Steer | None = None,
         cancel: CancelToken | None = None,
         **sampling: Any,
     ) -> Iterator[GenerationChunk]:
@@ -206,8 +213,8 @@ class TransformersEngine(TransformersReader):
         those answers again in smaller batches.
         """
         listed, _ = as_prompts(prompts)
-        run = self._plan(listed, features, options, prefix, sampling)
-        return self._run(*run, prefix=prefix, cancel=cancel, follow_text=True)
+        run = self._plan(listed, features, options, prefix, sampling, reserve=steer.reserve if steer else 0)
+        return self._run(*run, prefix=prefix, steer=steer, cancel=cancel, follow_text=True)
 
     async def agenerate(self, prompts: Any, **kwargs: Any) -> Generation | list[Generation]:
         """:meth:`generate` in a thread. Cancelling the task ends the work."""
@@ -231,6 +238,8 @@ class TransformersEngine(TransformersReader):
         options: SamplingOptions | None,
         prefix: Prefix | None,
         sampling: dict[str, Any],
+        *,
+        reserve: int = 0,
     ) -> tuple[list[list[int]], FeaturePlan, SamplingOptions]:
         """Check everything before anything runs."""
         if options is not None and sampling:
@@ -254,7 +263,7 @@ class TransformersEngine(TransformersReader):
             )
         self.check_lengths(
             ids,
-            context + 1 - chosen.max_tokens,  # the last token of an answer is never run
+            context + 1 - chosen.max_tokens - reserve,  # the last token of an answer is never run
             hint=f"The context holds {context} tokens, prompt and answer together: shorten the prompt, or lower "
             f"max_tokens ({chosen.max_tokens}).",
         )
@@ -267,6 +276,7 @@ class TransformersEngine(TransformersReader):
         options: SamplingOptions,
         *,
         prefix: Prefix | None,
+        steer: Steer | None,
         cancel: CancelToken | None,
         follow_text: bool,
     ) -> Iterator[GenerationChunk]:
@@ -287,6 +297,7 @@ class TransformersEngine(TransformersReader):
                 prefix=prefix,
                 sif_weights=self.sif_weights,
                 follow_text=follow_text,
+                steering=steer.open(batch) if steer else None,
             )
             try:
                 if cancel is None or not cancel.cancelled:
@@ -318,6 +329,9 @@ class TransformersEngine(TransformersReader):
                     chunks = [GenerationChunk(batch[r], piece, None, session.result(r)) for r, piece in rest]
                 else:
                     events = session.step()
-                    done = {r: session.result(r) for r, _, _ in events if session.rows[r].finish}
-                    chunks = [GenerationChunk(batch[r], piece, token, done.get(r)) for r, token, piece in events]
+                    last = {r: i for i, (r, _, _) in enumerate(events) if session.rows[r].finish}
+                    chunks = [
+                        GenerationChunk(batch[r], piece, token, session.result(r) if last.get(r) == i else None)
+                        for i, (r, token, piece) in enumerate(events)
+                    ]
             yield from chunks

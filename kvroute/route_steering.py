@@ -1,0 +1,188 @@
+"""The hand that a router puts on a batch: reads difficulties, chooses modes, switches in mid-answer.
+
+A fault in here costs a request its decision, never its answer: the policy's fallback is taken and the decision says so.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from kvroute.decisions import Decision, Switch
+from kvroute.errors import KVRouteError
+from kvroute.thinking import Layout, Mode
+
+if TYPE_CHECKING:
+    from kvroute.engines.steering import SteeredSession, Vectors
+    from kvroute.router import Router
+
+logger = logging.getLogger(__name__)
+
+_ROOM = 4
+"""Tokens that must be left behind a phrase, or a switch would leave no answer."""
+
+
+@dataclass(slots=True)
+class Request:
+    """One prompt on its way.
+
+    Attributes:
+        layout: its tokens.
+        forced: a mode that the caller demands, or None.
+        last: the target of the conversation's last turn, or None.
+        decision: as soon as there is one.
+        mode: it is in now.
+        closed: whether its thought is over.
+    """
+
+    layout: Layout
+    forced: str | None = None
+    last: str | None = None
+    decision: Decision = field(default_factory=lambda: Decision(mode=""))
+    mode: Mode = "slow"
+    closed: bool = False
+    seen: int = 0  # tokens that were searched for the closing mark
+    looked: int = 0  # checkpoints that are behind it
+
+
+class RouteSteer:
+    """A :class:`~kvroute.engines.steering.Steer` for some requests.
+
+    Args:
+        router: whose policy, head and counters are used.
+        requests: by the index of their prompts.
+        explain: whether decisions name the nearest labelled questions.
+    """
+
+    def __init__(self, router: Router, requests: Sequence[Request], *, explain: bool = False) -> None:
+        self.router = router
+        self.requests = requests
+        self.explain = explain
+
+    @property
+    def reserve(self) -> int:
+        """Tokens of the longest mode."""
+        return max((max(len(r.layout.fast), len(r.layout.slow)) for r in self.requests), default=0)
+
+    def open(self, indices: Sequence[int]) -> RouteSteering:
+        """For one batch."""
+        return RouteSteering(self, [self.requests[i] for i in indices])
+
+
+class RouteSteering:
+    """Steers one batch."""
+
+    def __init__(self, steer: RouteSteer, requests: list[Request]) -> None:
+        self.router, self.explain = steer.router, steer.explain
+        self.policy = steer.router.policy
+        self.requests = requests
+        for request in requests:  # a batch that was given up begins anew
+            request.decision, request.closed, request.seen, request.looked = Decision(mode=""), False, 0, 0
+
+    def begin(self, session: SteeredSession, rows: Sequence[int]) -> list[list[int]]:
+        """Choose every row's mode from its prompt's keys and values."""
+        requests = [self.requests[r] for r in rows]
+        head = self.router.head
+        vectors: Vectors | None = None
+        fault = None
+        began = time.perf_counter()
+        if self.policy.reads_difficulty and head is not None and any(r.forced is None for r in requests):
+            try:
+                vectors = session.pooled(rows, head.spec)
+            except Exception as error:  # noqa: BLE001 - an answer is worth more than a decision
+                fault = self.router.note_fault("the prompt's features", error)
+        self.router.choose(requests, vectors, fault=fault, explain=self.explain, began=began)
+        suffixes = []
+        for row, request in zip(rows, requests, strict=True):
+            target = request.decision.mode
+            if target in ("fast", "slow"):
+                request.mode = "fast" if target == "fast" else "slow"
+                suffixes.append(request.layout.suffix(request.mode))
+            else:  # another model's: nothing is written here
+                suffixes.append([])
+                session.end([row])
+        return suffixes
+
+    # ------------------------------------------------------------------ in flight
+
+    def after(self, session: SteeredSession, rows: Sequence[int]) -> Mapping[int, Sequence[int]]:
+        """At a checkpoint, look again, and switch at most once."""
+        if self.policy.kind != "two-step" or self.router.head is None or self.router.head.windows is None:
+            return {}
+        due = [r for r in rows if self._due(session, r)]
+        if not due:
+            return {}
+        began = time.perf_counter()
+        try:
+            spec = self.router.head.windows.spec
+            found = self.router.head.windows.predict(session.pooled(due, spec))
+        except Exception as error:  # noqa: BLE001 - an answer is worth more than a switch
+            fault = self.router.note_fault("a checkpoint's features", error)
+            for r in due:
+                self.requests[r].decision.fault = fault
+            return {}
+        forced: dict[int, Sequence[int]] = {}
+        for r, difficulty in zip(due, found, strict=True):
+            phrase = self._look(session, r, float(difficulty))
+            if phrase is not None:
+                forced[r] = phrase
+        seconds = (time.perf_counter() - began) / len(due)
+        for r in due:
+            self.requests[r].decision.seconds += seconds
+        return forced
+
+    def _due(self, session: SteeredSession, row: int) -> bool:
+        request = self.requests[row]
+        tokens = session.tokens_of(row)
+        self._follow(request, tokens)
+        if request.decision.why == "forced" or request.decision.switch is not None:
+            return False
+        if request.mode == "slow" and request.closed:
+            return False
+        # The token that was just chosen has no keys and values yet: the look covers those before it.
+        held = len(tokens) - 1
+        if held // self.policy.every <= request.looked or held % self.policy.every:
+            return False
+        request.looked = held // self.policy.every
+        return True
+
+    def _follow(self, request: Request, tokens: Sequence[int]) -> None:
+        mark = self.router.close_ids
+        if request.closed or not mark:
+            return
+        begin = max(0, request.seen - len(mark) + 1)
+        for at in range(begin, len(tokens) - len(mark) + 1):
+            if list(tokens[at : at + len(mark)]) == mark:
+                request.closed = True
+                break
+        request.seen = len(tokens)
+
+    def _look(self, session: SteeredSession, row: int, difficulty: float) -> Sequence[int] | None:
+        request, policy = self.requests[row], self.policy
+        tokens = session.tokens_of(row)
+        decision = request.decision
+        decision.checkpoints.append((len(tokens) - 1, difficulty))
+        to: Mode
+        if request.mode == "slow":
+            to, threshold, wanted = "fast", policy.tau_fast, difficulty < policy.tau_fast
+        else:
+            to, threshold, wanted = "slow", policy.tau_slow, difficulty > policy.tau_slow
+        if not wanted:
+            return None
+        phrase = self.router.phrases[to]
+        if session.room(row) < len(phrase) + _ROOM:
+            return None
+        decision.switch = Switch(to, len(tokens), difficulty, threshold, 0 if policy.shadow else len(phrase))
+        self.router.note_switch()
+        if policy.shadow:
+            return None
+        request.mode = to
+        return phrase
+
+
+def fault_text(error: Exception) -> str:
+    """A fault in words."""
+    return str(error) if isinstance(error, KVRouteError) else f"{type(error).__name__}: {error}"
