@@ -13,7 +13,7 @@ engine, model and sampling that the rows were made with.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
@@ -21,92 +21,11 @@ import numpy as np
 from pydantic import Field
 
 from kvroute.bounds import betting_p_value, betting_upper, binomial_p_value, binomial_upper, rows_needed
+from kvroute.candidates import Baseline, Candidate
 from kvroute.confidence_maps import Finite, Frozen, Share
 from kvroute.errors import InvalidInputError
-from kvroute.label_rows import LabelRow
 
 Floats = np.ndarray[Any, np.dtype[np.float64]]
-
-# ---------------------------------------------------------------------- what is compared
-
-
-@dataclass(frozen=True)
-class Baseline:
-    """Always-slow on the calibration rows.
-
-    Attributes:
-        correct: ``[n]`` in [0, 1], whether (or how often) the slow answer is right.
-        tokens: ``[n]`` tokens of the slow answer.
-    """
-
-    correct: Floats
-    tokens: Floats
-
-    @classmethod
-    def of(cls, rows: Sequence[LabelRow]) -> Baseline:
-        """From labelled rows."""
-        return cls(np.array([r.slow_right for r in rows]), np.array([r.slow_tokens for r in rows]))
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """A policy on the same rows.
-
-    Attributes:
-        policy: its settings or its name.
-        correct: ``[n]`` in [0, 1], whether (or how often) its answer is right.
-        tokens: ``[n]`` tokens it computed.
-        slow: ``[n]`` in [0, 1], whether (or how much of) the row was thought about slowly.
-    """
-
-    policy: dict[str, Any] | str
-    correct: Floats
-    tokens: Floats
-    slow: Floats
-
-
-def one_step_candidate(
-    difficulty: Any, rows: Sequence[LabelRow], tau: float, policy: Mapping[str, Any] | None = None
-) -> Candidate:
-    """The one-step policy on labelled rows: the fast answer where ``difficulty <= tau``, else the slow one.
-
-    Args:
-        difficulty: ``[n]`` the head's difficulties of the rows.
-        rows: the labelled rows, both answers known.
-        tau: threshold.
-        policy: further settings to state.
-
-    Raises:
-        InvalidInputError: another number of difficulties than of rows.
-    """
-    d = np.asarray(difficulty, dtype=np.float64)
-    if d.shape != (len(rows),):
-        raise InvalidInputError(f"{len(rows)} rows have difficulties of shape {d.shape}.")
-    slow = d > tau
-    base = Baseline.of(rows)
-    return Candidate(
-        policy={"kind": "one-step", **(policy or {}), "tau": float(tau)},
-        correct=np.where(slow, base.correct, np.array([r.fast_right for r in rows])),
-        tokens=np.where(slow, base.tokens, np.array([r.fast_tokens for r in rows])),
-        slow=slow.astype(np.float64),
-    )
-
-
-def threshold_grid(difficulties: Any, k: int = 20) -> list[float]:
-    """Thresholds to try, ascending: quantiles of difficulties of **validation** rows, and 100 (always fast).
-
-    Taken from the calibration rows they would void the guarantee.
-
-    Args:
-        difficulties: ``[n]`` of validation rows, in [0, 100].
-        k: how many at most; equal ones are taken once.
-    """
-    d = np.asarray(difficulties, dtype=np.float64)
-    if d.ndim != 1 or not len(d) or not np.isfinite(d).all() or k < 1:
-        raise InvalidInputError("A grid needs finite difficulties, one a row, and at least one threshold.")
-    quantiles = np.quantile(d, np.arange(1, k) / k) if k > 1 else np.array([])
-    return [*(float(q) for q in np.unique(quantiles) if q < 100), 100.0]
-
 
 # ---------------------------------------------------------------------- promises
 
@@ -263,6 +182,10 @@ class Certificate(Frozen):
     """Where the way out was taken: about how many rows would certify the first candidate; None where none would."""
     reason: str
     """Why this policy."""
+    skeletons: int | None = None
+    """Different skeletons of the calibration rows, where known: rows that share one are alike."""
+    questions_digest: str | None = None
+    """Of the file of questions that the rows came from, where known."""
     method: str = (
         "learn-then-test, fixed sequence; betting p-values (shares that are 0 or 1 a row: exact binomial); "
         "several promises: the largest p-value"

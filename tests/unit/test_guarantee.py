@@ -7,18 +7,8 @@ import pytest
 from scipy.stats import binom
 
 from kvroute import InvalidInputError
-from kvroute.guarantee import (
-    AtMostLoss,
-    AtMostSlow,
-    AtMostTokens,
-    Baseline,
-    Candidate,
-    Certificate,
-    certify,
-    one_step_candidate,
-    order_candidates,
-    threshold_grid,
-)
+from kvroute.candidates import Baseline, Candidate, one_step_candidate, one_step_grid, threshold_grid
+from kvroute.guarantee import AtMostLoss, AtMostSlow, AtMostTokens, Certificate, certify, order_candidates
 from kvroute.label_rows import Attempt, LabelRow
 
 
@@ -220,14 +210,32 @@ def labelled(i: int, fast: bool, slow: bool) -> LabelRow:
 
 def test_one_step_takes_the_fast_answer_up_to_the_threshold() -> None:
     rows = [labelled(0, True, False), labelled(1, False, True), labelled(2, False, True)]
-    found = one_step_candidate([10, 50, 50.5], rows, 50.0, {"head": "h"})
-    assert found.policy == {"kind": "one-step", "head": "h", "tau": 50.0}
+    found = one_step_candidate([10, 50, 50.5], rows, 50.0, policy={"head": "h"})
+    assert found.policy == {"kind": "one-step", "head": "h", "tau": 50.0, "give_up": None}
     assert found.correct.tolist() == [1, 0, 1]
     assert found.tokens.tolist() == [3, 3, 30]
     assert found.slow.tolist() == [0, 0, 1]
     assert Baseline.of(rows).correct.tolist() == [0, 1, 1]
     with pytest.raises(InvalidInputError):
         one_step_candidate([10.0], rows, 50.0)
+
+
+def test_pairs_give_up_where_thinking_does_not_help() -> None:
+    rows, difficulty = [], []
+    for i in range(300):
+        kind = i % 3  # easy, worth a thought, hopeless
+        rows.append(labelled(i, kind == 0, kind < 2))
+        difficulty.append([10.0, 50.0, 90.0][kind] + (i % 9))
+    pairs = one_step_grid(difficulty, rows, 8)
+    candidates = [one_step_candidate(difficulty, rows, *pair) for pair in pairs]
+    losses = [float((Baseline.of(rows).correct - c.correct).mean()) for c in candidates]
+    tokens = [float(c.tokens.mean()) for c in candidates]
+    assert losses == sorted(losses)
+    assert tokens == sorted(tokens, reverse=True)
+    assert losses[0] == 0
+    assert tokens[0] < 20  # an easy and a hopeless third at 3 tokens, a third at 30
+    assert any(give_up is not None for _, give_up in pairs)
+    assert len(pairs) <= 8
 
 
 def test_grid_ascends_and_ends_with_always_fast() -> None:

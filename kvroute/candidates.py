@@ -1,0 +1,127 @@
+"""Policies on labelled rows: what each would have answered, and at how many tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from kvroute.errors import InvalidInputError
+from kvroute.label_rows import LabelRow
+
+Floats = np.ndarray[Any, np.dtype[np.float64]]
+
+
+@dataclass(frozen=True)
+class Baseline:
+    """Always-slow on the calibration rows.
+
+    Attributes:
+        correct: ``[n]`` in [0, 1], whether (or how often) the slow answer is right.
+        tokens: ``[n]`` tokens of the slow answer.
+    """
+
+    correct: Floats
+    tokens: Floats
+
+    @classmethod
+    def of(cls, rows: Sequence[LabelRow]) -> Baseline:
+        """From labelled rows."""
+        return cls(np.array([r.slow_right for r in rows]), np.array([r.slow_tokens for r in rows]))
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A policy on the same rows.
+
+    Attributes:
+        policy: its settings or its name.
+        correct: ``[n]`` in [0, 1], whether (or how often) its answer is right.
+        tokens: ``[n]`` tokens it computed.
+        slow: ``[n]`` in [0, 1], whether (or how much of) the row was thought about slowly.
+    """
+
+    policy: dict[str, Any] | str
+    correct: Floats
+    tokens: Floats
+    slow: Floats
+
+
+def one_step_candidate(
+    difficulty: Any,
+    rows: Sequence[LabelRow],
+    tau: float,
+    give_up: float | None = None,
+    policy: Mapping[str, Any] | None = None,
+) -> Candidate:
+    """The one-step policy on labelled rows: the slow answer where ``tau < difficulty``, else the fast one.
+
+    Args:
+        difficulty: ``[n]`` the head's difficulties of the rows.
+        rows: the labelled rows, both answers known.
+        tau: threshold.
+        give_up: above it the fast answer again, where thinking is not likely to help either; None for never.
+        policy: further settings to state.
+
+    Raises:
+        InvalidInputError: another number of difficulties than of rows.
+    """
+    d = np.asarray(difficulty, dtype=np.float64)
+    if d.shape != (len(rows),):
+        raise InvalidInputError(f"{len(rows)} rows have difficulties of shape {d.shape}.")
+    slow = (d > tau) & (d <= (np.inf if give_up is None else give_up))
+    base = Baseline.of(rows)
+    return Candidate(
+        policy={"kind": "one-step", **(policy or {}), "tau": float(tau), "give_up": give_up},
+        correct=np.where(slow, base.correct, np.array([r.fast_right for r in rows])),
+        tokens=np.where(slow, base.tokens, np.array([r.fast_tokens for r in rows])),
+        slow=slow.astype(np.float64),
+    )
+
+
+def threshold_grid(difficulties: Any, k: int = 20) -> list[float]:
+    """Thresholds to try, ascending: quantiles of difficulties of **validation** rows, and 100 (always fast).
+
+    Taken from the calibration rows they would void the guarantee.
+
+    Args:
+        difficulties: ``[n]`` of validation rows, in [0, 100].
+        k: how many at most; equal ones are taken once.
+    """
+    d = np.asarray(difficulties, dtype=np.float64)
+    if d.ndim != 1 or not len(d) or not np.isfinite(d).all() or k < 1:
+        raise InvalidInputError("A grid needs finite difficulties, one a row, and at least one threshold.")
+    quantiles = np.quantile(d, np.arange(1, k) / k) if k > 1 else np.array([])
+    return [*(float(q) for q in np.unique(quantiles) if q < 100), 100.0]
+
+
+def one_step_grid(difficulty: Any, rows: Sequence[LabelRow], k: int = 20) -> list[tuple[float, float | None]]:
+    """Pairs (tau, give_up) to try, the safest first, found on labelled **validation** rows.
+
+    Of all pairs of quantiles those are kept that lose least among the pairs that save as many tokens; at most ``k``
+    of these, evenly by the tokens that they save.
+
+    Args:
+        difficulty: ``[n]`` of validation rows.
+        rows: the validation rows.
+        k: how many at most.
+    """
+    d = np.asarray(difficulty, dtype=np.float64)
+    base = Baseline.of(rows)
+    ends = [None, *(float(q) for q in np.unique(np.quantile(d, [0.7, 0.8, 0.85, 0.9, 0.95, 0.98])))]
+    found: list[tuple[float, float, float, float | None]] = []
+    for tau in threshold_grid(d, 2 * k):
+        for give_up in ends:
+            if give_up is None or give_up > tau:
+                c = one_step_candidate(d, rows, tau, give_up)
+                found.append((float(c.tokens.mean()), float((base.correct - c.correct).mean()), tau, give_up))
+    best: list[tuple[float, float, float, float | None]] = []
+    for pair in sorted(found, key=lambda f: (f[0], f[1], f[2], f[3] is not None)):  # fewest tokens first
+        if not best or pair[1] < best[-1][1]:
+            best.append(pair)
+    spread = np.linspace(best[-1][0], best[0][0], k)
+    tokens = np.array([b[0] for b in best])
+    picked = dict.fromkeys(int(np.abs(tokens - at).argmin()) for at in spread)
+    return [(best[i][2], best[i][3]) for i in picked]
