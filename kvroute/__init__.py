@@ -32,16 +32,20 @@ if TYPE_CHECKING:
     from kvroute.calibration import ConfidenceCalibrator
     from kvroute.chains import ChainScores, ChainSpec, ChainState, chain_scores
     from kvroute.checkers import CheckResult
+    from kvroute.decisions import Decision, Routed, RoutedChunk, Switch
     from kvroute.embedder import KVEmbedder
     from kvroute.engines.base import Engine
     from kvroute.engines.decoding import Prefix
     from kvroute.engines.transformers_engine import TransformersEngine
+    from kvroute.evaluation import Evaluation
+    from kvroute.features import AnswerPooling
     from kvroute.generation import (
         CancelToken,
         Generation,
         GenerationChunk,
         SamplingOptions,
         Timings,
+        TokenIds,
         Usage,
     )
     from kvroute.heads.head import DifficultyHead
@@ -49,25 +53,30 @@ if TYPE_CHECKING:
     from kvroute.info import LayerInfo, ModelInfo
     from kvroute.label_rows import LabelRow, read_labels
     from kvroute.labelling import Question, label_questions
+    from kvroute.policy import Policy
     from kvroute.pooling import PRESETS, PoolingSpec, pool
     from kvroute.postprocess import PostProcessor
+    from kvroute.router import Router
     from kvroute.routing_evaluation import evaluate_head
     from kvroute.routing_report import RoutingReport
     from kvroute.scores import SCORES, Score, ScoreInfo
-    from kvroute.self_evaluation import Evaluation, SelfEvaluator
+    from kvroute.self_evaluation import SelfEvaluator
+    from kvroute.thinking import ThinkingMode
     from kvroute.token_weights import FrequencyTable
     from kvroute_kernels import KVView
 
 _LAZY = {
+    "AnswerPooling": "kvroute.features",
     "CancelToken": "kvroute.generation",
     "ChainScores": "kvroute.chains",
     "ChainSpec": "kvroute.chains",
     "ChainState": "kvroute.chains",
     "CheckResult": "kvroute.checkers",
     "ConfidenceCalibrator": "kvroute.calibration",
+    "Decision": "kvroute.decisions",
     "DifficultyHead": "kvroute.heads.head",
     "Engine": "kvroute.engines.base",
-    "Evaluation": "kvroute.self_evaluation",
+    "Evaluation": "kvroute.evaluation",
     "FrequencyTable": "kvroute.token_weights",
     "Generation": "kvroute.generation",
     "GenerationChunk": "kvroute.generation",
@@ -78,17 +87,24 @@ _LAZY = {
     "ModelInfo": "kvroute.info",
     "Neighbour": "kvroute.heads.neighbours",
     "PRESETS": "kvroute.pooling",
+    "Policy": "kvroute.policy",
     "PoolingSpec": "kvroute.pooling",
     "PostProcessor": "kvroute.postprocess",
     "Prefix": "kvroute.engines.decoding",
     "Question": "kvroute.labelling",
+    "Routed": "kvroute.decisions",
+    "RoutedChunk": "kvroute.decisions",
+    "Router": "kvroute.router",
     "RoutingReport": "kvroute.routing_report",
     "SCORES": "kvroute.scores",
     "SamplingOptions": "kvroute.generation",
     "Score": "kvroute.scores",
     "ScoreInfo": "kvroute.scores",
     "SelfEvaluator": "kvroute.self_evaluation",
+    "Switch": "kvroute.decisions",
+    "ThinkingMode": "kvroute.thinking",
     "Timings": "kvroute.generation",
+    "TokenIds": "kvroute.generation",
     "TransformersEngine": "kvroute.engines.transformers_engine",
     "Usage": "kvroute.generation",
     "chain_scores": "kvroute.chains",
@@ -101,6 +117,7 @@ _LAZY = {
 __all__ = [
     "PRESETS",
     "SCORES",
+    "AnswerPooling",
     "CalibrationError",
     "CancelToken",
     "ChainScores",
@@ -109,6 +126,7 @@ __all__ = [
     "ChatTemplateError",
     "CheckResult",
     "ConfidenceCalibrator",
+    "Decision",
     "DifficultyHead",
     "EmptyTextError",
     "Engine",
@@ -130,18 +148,25 @@ __all__ = [
     "Neighbour",
     "NonFiniteCacheError",
     "OutOfMemoryError",
+    "Policy",
     "PoolingSpec",
     "PostProcessor",
     "Prefix",
     "Question",
+    "Routed",
+    "RoutedChunk",
+    "Router",
     "RoutingReport",
     "SamplingOptions",
     "Score",
     "ScoreInfo",
     "SelfEvaluator",
     "SpecError",
+    "Switch",
     "TextTooLongError",
+    "ThinkingMode",
     "Timings",
+    "TokenIds",
     "TransformersEngine",
     "UnsupportedModelError",
     "Usage",

@@ -7,6 +7,7 @@
 ``"logits"``           mean log-probability, entropy and maximum probability of the answer
 ``"length"``           tokens of the answer
 a ``PoolingSpec``      the prompt's pooled vector by that spec
+an ``AnswerPooling``   the answer's pooled vector by its spec
 =====================  ====================================================================
 """
 
@@ -21,7 +22,16 @@ from kvroute.errors import SpecError
 from kvroute.pooling import PRESETS, PoolingSpec
 
 Of = Literal["prompt", "answer"]
-FeatureRequest = str | PoolingSpec | ChainSpec
+
+
+@dataclass(frozen=True, slots=True)
+class AnswerPooling:
+    """Asks for the pooled vector of the answer's tokens but the last; give it under a name of your own."""
+
+    spec: PoolingSpec
+
+
+FeatureRequest = str | PoolingSpec | AnswerPooling | ChainSpec
 Features = FeatureRequest | Sequence[FeatureRequest] | Mapping[str, FeatureRequest] | None
 
 
@@ -55,7 +65,7 @@ def plan_features(features: Features) -> FeaturePlan:
     """
     if features is None:
         return FeaturePlan()
-    if isinstance(features, str | PoolingSpec | ChainSpec):
+    if isinstance(features, str | PoolingSpec | AnswerPooling | ChainSpec):
         features = [features]
     if isinstance(features, Mapping):
         named = list(features.items())
@@ -71,6 +81,8 @@ def plan_features(features: Features) -> FeaturePlan:
             raise SpecError(f"Two features are named {name!r}.", hint="Give them as a dict with names of your own.")
         if isinstance(feature, PoolingSpec):
             pooled[name] = ("prompt", feature)
+        elif isinstance(feature, AnswerPooling):
+            pooled[name] = ("answer", feature.spec)
         elif isinstance(feature, ChainSpec) or feature == "kv-coe":
             asked = feature if isinstance(feature, ChainSpec) else ChainSpec()
             if chain is not None and chain != asked:
@@ -91,8 +103,8 @@ def plan_features(features: Features) -> FeaturePlan:
 
 
 _HINT = (
-    "Ask for 'kv-coe', 'logits', 'length', 'prompt:<preset>', 'answer:<preset>', a PoolingSpec or a ChainSpec; "
-    "or a dict of them under names of your own."
+    "Ask for 'kv-coe', 'logits', 'length', 'prompt:<preset>', 'answer:<preset>', a PoolingSpec, an AnswerPooling or a "
+    "ChainSpec; or a dict of them under names of your own."
 )
 
 
@@ -101,6 +113,8 @@ def _name(feature: object) -> str:
         return feature
     if isinstance(feature, PoolingSpec):
         return "prompt"
+    if isinstance(feature, AnswerPooling):
+        return "answer"
     if isinstance(feature, ChainSpec):
         return "kv-coe"
     raise SpecError(f"features are names and specs, not {type(feature).__name__}.", hint=_HINT)

@@ -6,11 +6,15 @@ import asyncio
 import operator
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from kvroute.errors import EmptyTextError, InvalidInputError, TextTooLongError
+from kvroute.evaluation import Evaluation
+from kvroute.features import AnswerPooling, FeatureRequest
 from kvroute.generation import CancelToken, FinishReason, Generation, Prompt, Usage, as_prompts
+from kvroute.heads.confidence import pooled_confidences, vector_confidence
 from kvroute.p_true import TrueQuestion, probability_of_first, true_question
 from kvroute.progress import progress_bar
 from kvroute.reading_scores import reading_scores
@@ -20,6 +24,7 @@ if TYPE_CHECKING:
     from kvroute.calibration import ConfidenceCalibrator
     from kvroute.engines.base import Engine
     from kvroute.engines.reading import Want
+    from kvroute.heads.head import DifficultyHead
 
 Answer = str | Sequence[int] | Generation
 """A text, the answer's token ids as they stand, or what an engine wrote."""
@@ -27,42 +32,14 @@ Answer = str | Sequence[int] | Generation
 DEFAULT_SCORES = (*family("kv-coe"), *family("logits"), *family("length"))
 """What one pass over the answer gives."""
 
+CONFIDENCE = "confidence"
+"""The feature that a head reads, by name."""
+
 _FAMILIES = tuple(dict.fromkeys(s.family for s in SCORES.values()))
 _NO_CALIBRATOR = (
-    "there is no calibrator, and a score is not a confidence: fit one on answers known to be right or wrong "
-    "(kvroute calibrate, or ConfidenceCalibrator.fit)"
+    "there is no head and no calibrator, and a score is not a confidence: fit one on answers known to be right or "
+    "wrong (kvroute train --target correct, kvroute calibrate, or ConfidenceCalibrator.fit)"
 )
-
-
-@dataclass(frozen=True, slots=True)
-class Evaluation:
-    """What is known about one answer.
-
-    Attributes:
-        scores: by their names in :data:`kvroute.SCORES`, in the order they were asked for.
-        confidence: how likely the answer is right, in [0, 1]; None without a calibrator, or where a score that it
-            reads is missing. Never an uncalibrated number.
-        confidence_reason: why there is no confidence.
-        usage: tokens; ``computed`` are those that went through the model for the scores.
-        seconds: of the batches it was computed in.
-    """
-
-    scores: dict[str, Score]
-    confidence: float | None
-    confidence_reason: str | None
-    usage: Usage
-    seconds: float
-
-    def to_dict(self) -> dict[str, Any]:
-        """JSON-able: values and reasons apart. With ``correct`` beside it, a row to calibrate on."""
-        return {
-            "scores": {name: score.value for name, score in self.scores.items()},
-            "reasons": {name: score.reason for name, score in self.scores.items() if score.reason is not None},
-            "confidence": self.confidence,
-            "confidence_reason": self.confidence_reason,
-            "usage": asdict(self.usage),
-            "seconds": self.seconds,
-        }
 
 
 class SelfEvaluator:
@@ -76,13 +53,15 @@ class SelfEvaluator:
         engine: the model.
         calibrator: turns scores into a confidence; a calibrator, or its name (see
             :meth:`~kvroute.ConfidenceCalibrator.by_name`). The scores that it reads are always computed.
+        head: a trained confidence (``kvroute train --target correct``), or its folder. It reads the answer's keys and
+            values, and is the confidence that is given where there is a calibrator too.
         scores: names of scores or of their families (``kv-coe``, ``logits``, ``p-true``, ``length``,
             ``hidden-coe``); by default ``kv-coe``, ``logits`` and ``length``, which one pass gives. Nothing
             else is computed.
 
     Raises:
-        ModelMismatchError: the calibrator was fitted on another model.
-        InvalidInputError: an unknown score; the message lists what there is.
+        ModelMismatchError: the calibrator or the head was fitted on another model.
+        InvalidInputError: an unknown score, and the message lists what there is; a head for another target.
     """
 
     def __init__(
@@ -91,6 +70,7 @@ class SelfEvaluator:
         *,
         calibrator: ConfidenceCalibrator | str | None = None,
         scores: Sequence[str] | None = None,
+        head: DifficultyHead | str | Path | None = None,
     ) -> None:
         if isinstance(calibrator, str):
             from kvroute.calibration import ConfidenceCalibrator
@@ -98,8 +78,20 @@ class SelfEvaluator:
             calibrator = ConfidenceCalibrator.by_name(calibrator, engine.info)
         if calibrator is not None:
             calibrator.require(engine.info)
+        if isinstance(head, str | Path):
+            from kvroute.heads.head import DifficultyHead
+
+            head = DifficultyHead.load(head, engine.info)
+        if head is not None:
+            head.require(engine.info)
+            if head.target != "correct":
+                raise InvalidInputError(
+                    f"The head has the target {head.target!r}, and a confidence needs one with the target 'correct'.",
+                    hint="Train one with: kvroute train --target correct",
+                )
         self.engine = engine
         self.calibrator = calibrator
+        self.head = head
         self.scores = DEFAULT_SCORES if scores is None else score_names(scores)
 
     def __repr__(self) -> str:
@@ -183,13 +175,28 @@ class SelfEvaluator:
             cancel.cancel()
             raise
 
+    @property
+    def features(self) -> dict[str, FeatureRequest]:
+        """What to ask of ``engine.generate(..., features=evaluator.features)`` so that :meth:`confidence` can tell."""
+        asked: dict[str, FeatureRequest] = {name: name for name in ("kv-coe", "logits", "length")}
+        return asked if self.head is None else {**asked, CONFIDENCE: AnswerPooling(self.head.spec)}
+
     def confidence(self, generation: Generation) -> tuple[float | None, str | None]:
-        """How likely an answer is right that was written with ``features=``: nothing is computed again.
+        """How likely an answer is right that was written with ``features=evaluator.features``: nothing is computed
+        again. It is the head's confidence where there is a head, else the calibrator's.
 
         Returns:
             the confidence in [0, 1] and None, or None and the reason why there is none.
         """
-        return self._confidence(generation.scores)
+        if self.head is None:
+            return self._confidence(generation.scores)
+        vector = generation.features.get(CONFIDENCE)
+        if vector is None:
+            why = generation.feature_errors.get(
+                CONFIDENCE, "the answer was written without features=evaluator.features"
+            )
+            return None, f"the answer's vector is missing: {why}"
+        return vector_confidence(self.head, vector)
 
     # ------------------------------------------------------------------ parts
 
@@ -214,11 +221,22 @@ class SelfEvaluator:
         work = self._prepare(rows, finish_reason)
         found = [{"length": Score(float(w.answer_length))} for w in work]
         computed, seconds = [0] * len(work), [0.0] * len(work)
-        want: list[Want] = [w for w, f in _WANTS if f in families]
+        want: list[Want] = [w for w, f in _WANTS if f in families or (w == "kv" and self.head is not None)]
+        trained: list[tuple[float | None, str | None]] = [(None, None)] * len(work)
         if want:
             ids, start = [w.token_ids for w in work], [w.start for w in work]
+            layers = None
+            if self.head is not None and "kv-coe" not in families:  # the head alone reads the cache
+                layers = self.head.spec.resolve(self.engine.info.num_layers)
             began = time.perf_counter()
-            for batch, reading in self.engine.read(ids, start, want=want, progress=progress):
+            for batch, reading in self.engine.read(ids, start, want=want, layers=layers, progress=progress):
+                if self.head is not None and reading.view is not None:
+                    spans = [(work[i].start, len(ids[i]) - 1) for i in batch]
+                    found_here = pooled_confidences(self.head, reading.view, spans, self.engine.info.num_layers)
+                    for place, one in zip(batch, found_here, strict=True):
+                        trained[place] = one
+                    if layers is not None:
+                        reading = replace(reading, view=None)
                 for place, scored in zip(
                     batch, reading_scores(reading, [(work[i].start, len(ids[i])) for i in batch]), strict=True
                 ):
@@ -238,10 +256,16 @@ class SelfEvaluator:
             spent = time.perf_counter() - began
             seconds = [s + spent for s in seconds]
         out = []
-        for w, every, tokens, took in zip(work, found, computed, seconds, strict=True):
+        for w, every, tokens, took, (p, why) in zip(work, found, computed, seconds, trained, strict=True):
             confidence, reason = self._confidence(every)
+            side_by_side = {}
+            if self.head is not None:
+                both = {"head": p, "calibrator": confidence}
+                side_by_side = {name: value for name, value in both.items() if value is not None}
+                confidence, reason = p, why
             usage = Usage(prompt=w.start, cached=0, computed=tokens, generated=w.answer_length)
-            out.append(Evaluation({n: every[n] for n in names}, confidence, reason, usage, took))
+            scored = {n: every[n] for n in names}
+            out.append(Evaluation(scored, confidence, reason, usage, took, side_by_side))
         return out
 
     def _prepare(
