@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from kvroute._version import __version__
-from kvroute.cli import ask, calibrate, embed, evaluate, info, label, score, train
+from kvroute.cli import ask, calibrate, embed, evaluate, info, label, route, score, train
 from kvroute.errors import KVRouteError
 
 app = typer.Typer(
@@ -22,6 +22,7 @@ app = typer.Typer(
 app.command("info")(info.command)
 app.command("embed")(embed.command)
 app.command("label")(label.command)
+app.command("route")(route.command)
 app.command("score")(score.command)
 app.command("ask")(ask.command)
 app.command("calibrate")(calibrate.command)
