@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from kvroute.cli.common import Device, Dtype, Json, Model, load_calibrator, load_engine, print_json
+from kvroute.cli.common import Device, Dtype, Head, Json, Model, load_calibrator, load_engine, print_json
 from kvroute.errors import InvalidInputError
 from kvroute.rows import read_text
 
@@ -24,6 +24,7 @@ def command(
     seed: Annotated[int | None, typer.Option(help="Fixes the sampling.")] = None,
     scores: Annotated[bool, typer.Option("--scores/--no-scores", help="Whether to score the answer.")] = True,
     calibrator: Annotated[str | None, typer.Option(help="A calibrator's name or file, for a confidence.")] = None,
+    head: Head = None,
     dtype: Dtype = "auto",
     device: Device = None,
     as_json: Json = False,
@@ -37,11 +38,11 @@ def command(
     engine = load_engine(model, dtype, device)
     messages = ([{"role": "system", "content": system}] if system else []) + [{"role": "user", "content": text}]
     prompt: Any = text if raw else messages
-    evaluator = SelfEvaluator(engine, calibrator=load_calibrator(calibrator, engine.info))
+    evaluator = SelfEvaluator(engine, calibrator=load_calibrator(calibrator, engine.info), head=head)
     generation = None
     for chunk in engine.stream(
         prompt,
-        features=["kv-coe", "logits", "length"] if scores else None,
+        features=evaluator.features if scores else None,
         max_tokens=max_tokens,
         temperature=temperature,
         top_p=top_p,

@@ -21,6 +21,10 @@ Dtype = Annotated[str, typer.Option(help="float32, bfloat16, float16 or auto.")]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, ...; by default a GPU if there is one.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar.")]
+Head = Annotated[
+    str | None,
+    typer.Option("--head", help="A trained confidence: the folder that kvroute train --target correct made."),
+]
 Restart = Annotated[bool, typer.Option("--restart", help="Drop what an earlier run left, and begin anew.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace an output that is there already.")]
 CHUNK = 256

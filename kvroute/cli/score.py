@@ -14,6 +14,7 @@ from kvroute.cli.common import (
     Device,
     Dtype,
     Force,
+    Head,
     Json,
     Model,
     Quiet,
@@ -39,6 +40,7 @@ def command(
     model: Model = "smollm2",
     scores: Annotated[str | None, typer.Option(help="Scores or families, with commas between.")] = None,
     calibrator: Annotated[str | None, typer.Option(help="A calibrator's name or file, for a confidence.")] = None,
+    head: Head = None,
     dtype: Dtype = "auto",
     device: Device = None,
     restart: Restart = False,
@@ -58,7 +60,7 @@ def command(
     finish = [_finish(row, file, number) for number, row in rows]
     engine = load_engine(model, dtype, device)
     fitted = load_calibrator(calibrator, engine.info)
-    evaluator = SelfEvaluator(engine, calibrator=fitted, scores=names_in(scores))
+    evaluator = SelfEvaluator(engine, calibrator=fitted, scores=names_in(scores), head=head)
     began = time.perf_counter()
 
     def chunk(start: int, stop: int) -> bytes:
@@ -85,6 +87,7 @@ def command(
         "dtype": engine.info.dtype,
         "scores": list(evaluator.scores),
         "calibrator": None if fitted is None else fitted.model_dump(mode="json"),
+        "head": None if evaluator.head is None else evaluator.head.digest,
     }
     with PartialRun(Path(out), identity, len(rows), chunk=_CHUNK, restart=restart, force=force) as run:
         resumed = work_to_run("Scoring", run, chunk, quiet=quiet)

@@ -87,6 +87,14 @@ class DifficultyHead:
         """``mlp``, ``ridge``, ``logistic`` or ``trees``."""
         return self.predictor.kind
 
+    @property
+    def digest(self) -> str:
+        """16 hex digits over everything that its results depend on."""
+        digest = hashlib.sha256(f"{self.spec}\n{self.target}\n{self.kind}\n{self.map}\n{self.fingerprint}".encode())
+        for name, array in sorted(self.predictor.tensors().items()):
+            digest.update(f"{name}{array.dtype}{array.shape}".encode() + array.tobytes())
+        return digest.hexdigest()[:16]
+
     # ------------------------------------------------------------------ use
 
     def predict(self, vectors: Vectors) -> Floats:

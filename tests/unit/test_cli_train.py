@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from kvroute import DifficultyHead, ModelInfo, TransformersEngine
+from kvroute import DifficultyHead, ModelInfo, SelfEvaluator, TransformersEngine
 from kvroute.cli import main
 from kvroute.files import read_json
 from kvroute.label_rows import write_meta
@@ -132,3 +132,28 @@ def test_labels_of_another_model_or_without_header(run: Run, model: str, labels:
     code, _, err = run("train", other, "-o", tmp_path / "x", "-m", model)
     assert code == 2
     assert "somebody" in err
+
+
+def test_a_trained_confidence_is_shown(run: Run, model: str, labels: Path, tmp_path: Path) -> None:
+    """By ``score`` and by ``ask``: that of SelfEvaluator with the head."""
+    head = tmp_path / "head"
+    assert run("train", labels, "-m", model, "--target", "correct", "--quick", "--kind", "ridge", "-o", head)[0] == 0
+    file = tmp_path / "rows.jsonl"
+    file.write_text('{"prompt": "the quick", "answer": " brown fox jumps"}\n{"prompt": "a", "answer": " cat sat"}\n')
+    code, out, err = run("score", file, "-m", model, "--head", head, "--scores", "length")
+    assert code == 0, err
+    rows = [json.loads(line) for line in out.splitlines()]
+    engine = TransformersEngine.from_pretrained(model)
+    expected = SelfEvaluator(engine, head=head).score_many([(r["prompt"], r["answer"]) for r in rows])
+    assert [r["confidence"] for r in rows] == pytest.approx([e.confidence for e in expected])
+    assert all(0 <= r["confidence"] <= 1 for r in rows)
+    code, out, err = run("ask", "the quick", "-m", model, "--head", head, "--max-tokens", "8", "--json")
+    assert code == 0, err
+    said = json.loads(out)
+    evaluator = SelfEvaluator(engine, head=head)
+    answer = engine.generate([{"role": "user", "content": "the quick"}], features=evaluator.features, max_tokens=8)
+    assert said["text"] == answer.text
+    assert said["confidence"] == pytest.approx(evaluator.confidence(answer)[0])
+    code, _, err = run("score", file, "-m", model, "--head", tmp_path / "none")
+    assert code == 2
+    assert "head.json" in err
