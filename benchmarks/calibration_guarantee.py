@@ -25,7 +25,7 @@ import numpy as np
 
 from _harness import Figure, add_common_arguments, exact, figure_table, finish, judge, table
 from kvroute.bounds import binomial_lower, binomial_upper
-from kvroute.candidates import Baseline, Candidate, threshold_grid
+from kvroute.candidates import Baseline, Candidate, one_step_grid
 from kvroute.files import read_tensors, write_tensors
 from kvroute.guarantee import AtMostLoss, certify
 
@@ -39,6 +39,8 @@ THINKER = ROOT / "examples" / "tiny_thinker"
 _KIND = "kvroute.benchmark.pool"
 _CHUNK = 1024
 Floats = np.ndarray[Any, np.dtype[np.float64]]
+Pair = tuple[float, float | None]
+"""tau and give_up of a one-step policy."""
 
 # ---------------------------------------------------------------------- the pool
 
@@ -60,11 +62,13 @@ class Pool:
         """Always slow on some rows."""
         return Baseline(self.slow_correct[rows], self.slow_tokens[rows])
 
-    def candidate(self, tau: float, rows: Any = slice(None)) -> Candidate:
+    def candidate(self, pair: Pair, rows: Any = slice(None)) -> Candidate:
         """The one-step policy on some rows."""
-        slow = self.difficulty[rows] > tau
+        tau, give_up = pair
+        d = self.difficulty[rows]
+        slow = (d > tau) & (d <= (np.inf if give_up is None else give_up))
         return Candidate(
-            {"kind": "one-step", "tau": tau},
+            {"kind": "one-step", "tau": tau, "give_up": give_up},
             np.where(slow, self.slow_correct[rows], self.fast_correct[rows]),
             np.where(slow, self.slow_tokens[rows], self.fast_tokens[rows]),
             slow.astype(np.float64),
@@ -96,8 +100,8 @@ def difficulties(engine: TransformersEngine, head: DifficultyHead, rows: Sequenc
     return head.predict(vectors)
 
 
-def from_labels(path: Path, head_folder: Path, model: str) -> tuple[Pool, Floats]:
-    """The calibration and test rows of a file of labels, and the difficulties of its validation rows."""
+def from_labels(path: Path, head_folder: Path, model: str) -> tuple[Pool, list[Pair]]:
+    """The calibration and test rows of a file of labels, and the candidates from its validation rows."""
     from kvroute import TransformersEngine
     from kvroute.heads import DifficultyHead
     from kvroute.label_rows import read_labels, usable
@@ -106,11 +110,12 @@ def from_labels(path: Path, head_folder: Path, model: str) -> tuple[Pool, Floats
     engine = TransformersEngine.from_pretrained(model, dtype="float32")
     engine.info.require(meta.fingerprint, str(path), meta.model)
     head = DifficultyHead.load(head_folder, engine.info)
-    held = usable(rows, "calibration", "test")
-    return Pool.of(held, difficulties(engine, head, held)), difficulties(engine, head, usable(rows, "validation"))
+    held, validation = usable(rows, "calibration", "test"), usable(rows, "validation")
+    grid = one_step_grid(difficulties(engine, head, validation), validation)
+    return Pool.of(held, difficulties(engine, head, held)), grid
 
 
-def from_thinker(arguments: argparse.Namespace) -> tuple[Pool, Floats]:
+def from_thinker(arguments: argparse.Namespace) -> tuple[Pool, list[Pair]]:
     """Questions made, answered and kept in the cache; without --head a ridge head is trained on others first."""
     sys.path.insert(0, str(THINKER))
     from questions import make_questions
@@ -139,7 +144,8 @@ def from_thinker(arguments: argparse.Namespace) -> tuple[Pool, Floats]:
     else:
         meta = labeller.meta(read_questions(list(enumerate(made, 1)), "the questions"))
         head, _ = train_head(engine, learned, meta, kinds=("ridge",), seed=arguments.seed, progress=False)
-    validation = difficulties(engine, head, usable(learned, "validation"))
+    validation = usable(learned, "validation")
+    grid = one_step_grid(difficulties(engine, head, validation), validation)
     identity = [engine.info.fingerprint, head.data_hash, arguments.seed, head.kind, head.spec.to_json()]
     identity += [dict(arguments.max_tokens), train_size]
     digest = hashlib.sha256(json.dumps(identity, default=str).encode()).hexdigest()[:16]
@@ -154,7 +160,7 @@ def from_thinker(arguments: argparse.Namespace) -> tuple[Pool, Floats]:
 
             yield cached(arguments.cache / f"pool-{digest}-{start}-{len(asked)}.safetensors", work)
 
-    return Pool.join(list(chunks())), validation
+    return Pool.join(list(chunks())), grid
 
 
 def cached(path: Path, work: Callable[[], Pool]) -> Pool:
@@ -172,15 +178,15 @@ def cached(path: Path, work: Callable[[], Pool]) -> Pool:
 
 @dataclass(frozen=True)
 class Split:
-    """One calibration: the policy's threshold, or None for always slow, and what it does on the rest of the pool."""
+    """One calibration: the policy's thresholds, or None for always slow, and what it does on the rest of the pool."""
 
-    tau: float | None
+    pair: Pair | None
     loss: float
     saved: float
 
 
 def splits(
-    pool: Pool, grid: Sequence[float], promise: AtMostLoss, delta: float, *, rows: int, count: int, seed: int
+    pool: Pool, grid: Sequence[Pair], promise: AtMostLoss, delta: float, *, rows: int, count: int, seed: int
 ) -> Iterator[Split]:
     """Calibrate on random rows, again and again, and look at the rest."""
     for number in range(count):
@@ -190,16 +196,16 @@ def splits(
         if found.chosen is None:
             yield Split(None, 0.0, 0.0)
             continue
-        tau = grid[found.chosen]
-        base, own = pool.baseline(rest), pool.candidate(tau, rest)
+        pair = grid[found.chosen]
+        base, own = pool.baseline(rest), pool.candidate(pair, rest)
         loss = 100 * float((base.correct - own.correct).mean())
-        yield Split(tau, loss, 1 - float(own.tokens.sum() / base.tokens.sum()))
+        yield Split(pair, loss, 1 - float(own.tokens.sum() / base.tokens.sum()))
 
 
 HARD_CANDIDATES = 20
 
 
-def hard_pool(rows: int, loss: float, seed: int) -> tuple[Pool, list[float]]:
+def hard_pool(rows: int, loss: float, seed: int) -> tuple[Pool, list[Pair]]:
     """Rows of a law whose candidates lose 0.3 points up to the tenth, then ``loss`` percentage points exactly.
 
     Difficulty falls into 20 equal bins, one a candidate. Where the fast answer harms and where it helps is drawn so
@@ -219,7 +225,7 @@ def hard_pool(rows: int, loss: float, seed: int) -> tuple[Pool, list[float]]:
         fast_tokens=np.full(rows, 10.0),
         slow_correct=(~helped).astype(np.float64),
         slow_tokens=np.full(rows, 50.0),
-    ), [5.0 * (i + 1) for i in range(HARD_CANDIDATES)]
+    ), [(5.0 * (i + 1), None) for i in range(HARD_CANDIDATES)]
 
 
 def hard_case(loss: float, promise: AtMostLoss, delta: float, *, rows: int, count: int, seed: int) -> tuple[int, int]:
@@ -272,16 +278,15 @@ def main() -> None:
     arguments = parse()
     promise, delta, count = AtMostLoss(arguments.points), arguments.delta, arguments.splits
     if arguments.labels is not None:
-        pool, validation = from_labels(arguments.labels, arguments.head, arguments.model)
+        pool, grid = from_labels(arguments.labels, arguments.head, arguments.model)
     else:
-        pool, validation = from_thinker(arguments)
+        pool, grid = from_thinker(arguments)
     if len(pool) < 2 * arguments.rows:
         raise SystemExit(f"The pool has {len(pool)} rows: too few for {arguments.rows} calibration rows and a rest.")
-    grid = threshold_grid(validation, 20)
     run = {"rows": arguments.rows, "count": count, "seed": arguments.seed}
     done = list(splits(pool, grid, promise, delta, **run))
     broken = sum(s.loss > promise.points for s in done)
-    slow = sum(s.tau is None for s in done)
+    slow = sum(s.pair is None for s in done)
     saved = np.array([s.saved for s in done])
     half = 1.96 * float(saved.std(ddof=1)) / math.sqrt(count)
     mean = float(saved.mean())
@@ -295,21 +300,22 @@ def main() -> None:
             hard_broken, hard_slow = hard_case(loss, promise, delta, **run)
             figures |= share_figures(f"hard_just_{word}_broken_promises", hard_broken, count, f"<= {delta:g}")
             figures[f"hard_just_{word}_always_slow"] = exact(hard_slow / count, None)
-    taus = [s.tau for s in done if s.tau is not None]
+    picked = [s.pair for s in done]
     losses = np.array([s.loss for s in done])
     print(f"{len(pool)} rows in the pool, {arguments.rows} to calibrate, {count} splits; {promise}, delta {delta:g}\n")
     truth = [(t, pool.candidate(t)) for t in grid]
     base = pool.baseline()
     print(
         table(
-            ("threshold", "loss on the pool, points", "tokens saved", "slow", "picked in splits"),
+            ("slow above", "up to", "loss on the pool, points", "tokens saved", "slow", "picked in splits"),
             [
                 (
-                    f"{t:.2f}",
+                    f"{t[0]:.2f}",
+                    "" if t[1] is None else f"{t[1]:.2f}",
                     f"{100 * (base.correct - c.correct).mean():.3f}",
                     f"{1 - c.tokens.sum() / base.tokens.sum():.3f}",
                     f"{c.slow.mean():.3f}",
-                    taus.count(t),
+                    picked.count(t),
                 )
                 for t, c in truth
             ],
