@@ -28,8 +28,10 @@ from kvroute.heads.models import (
 Setting = Mapping[str, float]
 
 _HIDDEN = 512
-_EPOCHS, _PATIENCE, _BATCH = 150, 12, 128
+_EPOCHS, _PATIENCE = 150, 12
 _TREES, _TREE_PATIENCE = 300, 30
+_BATCH = 64, 1024
+"""Smallest and largest batch; between them about 64 steps an epoch."""
 
 
 @dataclass(frozen=True)
@@ -170,6 +172,7 @@ def fit_mlp(
     z = torch.from_numpy((train.x - mean) * inverse)
     y = torch.from_numpy(train.y.astype(np.float32))
     held = None if validation is None else torch.from_numpy((validation.x - mean) * inverse)
+    batch = min(max(len(z) // 64, _BATCH[0]), _BATCH[1])
     with torch.random.fork_rng(devices=[]), torch.enable_grad():
         torch.manual_seed(seed)
         net = torch.nn.Sequential(
@@ -181,8 +184,8 @@ def fit_mlp(
         best, best_error, best_epoch = _mlp_model(net, mean, inverse), np.inf, 0
         for epoch in range(1, (rounds or _EPOCHS) + 1):
             order = torch.randperm(len(z))
-            for at in range(0, len(z), _BATCH):
-                chosen = order[at : at + _BATCH]
+            for at in range(0, len(z), batch):
+                chosen = order[at : at + batch]
                 loss = torch.nn.functional.mse_loss(net(z[chosen])[:, 0], y[chosen])
                 optimizer.zero_grad(set_to_none=True)
                 loss.backward()  # type: ignore[no-untyped-call]
