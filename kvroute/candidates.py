@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from kvroute.errors import InvalidInputError
-from kvroute.label_rows import LabelRow
+from kvroute.label_rows import LabelMeta, LabelRow
+
+if TYPE_CHECKING:
+    from kvroute.checkers import Checker
+    from kvroute.router import Router
 
 Floats = np.ndarray[Any, np.dtype[np.float64]]
 
@@ -71,12 +75,23 @@ def one_step_candidate(
     d = np.asarray(difficulty, dtype=np.float64)
     if d.shape != (len(rows),):
         raise InvalidInputError(f"{len(rows)} rows have difficulties of shape {d.shape}.")
+    found = _one_step(d, Baseline.of(rows), *_fast(rows), tau, give_up)
+    return replace(found, policy={"kind": "one-step", **(policy or {}), "tau": float(tau), "give_up": give_up})
+
+
+def _fast(rows: Sequence[LabelRow]) -> tuple[Floats, Floats]:
+    """Of the fast answers, whether right and tokens."""
+    return np.array([r.fast_right for r in rows]), np.array([r.fast_tokens for r in rows])
+
+
+def _one_step(
+    d: Floats, base: Baseline, correct: Floats, tokens: Floats, tau: float, give_up: float | None
+) -> Candidate:
     slow = (d > tau) & (d <= (np.inf if give_up is None else give_up))
-    base = Baseline.of(rows)
     return Candidate(
-        policy={"kind": "one-step", **(policy or {}), "tau": float(tau), "give_up": give_up},
-        correct=np.where(slow, base.correct, np.array([r.fast_right for r in rows])),
-        tokens=np.where(slow, base.tokens, np.array([r.fast_tokens for r in rows])),
+        policy="one-step",
+        correct=np.where(slow, base.correct, correct),
+        tokens=np.where(slow, base.tokens, tokens),
         slow=slow.astype(np.float64),
     )
 
@@ -109,13 +124,13 @@ def one_step_grid(difficulty: Any, rows: Sequence[LabelRow], k: int = 20) -> lis
         k: how many at most.
     """
     d = np.asarray(difficulty, dtype=np.float64)
-    base = Baseline.of(rows)
+    base, fast = Baseline.of(rows), _fast(rows)
     ends = [None, *(float(q) for q in np.unique(np.quantile(d, [0.7, 0.8, 0.85, 0.9, 0.95, 0.98])))]
     found: list[tuple[float, float, float, float | None]] = []
     for tau in threshold_grid(d, 2 * k):
         for give_up in ends:
             if give_up is None or give_up > tau:
-                c = one_step_candidate(d, rows, tau, give_up)
+                c = _one_step(d, base, *fast, tau, give_up)
                 found.append((float(c.tokens.mean()), float((base.correct - c.correct).mean()), tau, give_up))
     best: list[tuple[float, float, float, float | None]] = []
     for pair in sorted(found, key=lambda f: (f[0], f[1], f[2], f[3] is not None)):  # fewest tokens first
@@ -125,3 +140,72 @@ def one_step_grid(difficulty: Any, rows: Sequence[LabelRow], k: int = 20) -> lis
     tokens = np.array([b[0] for b in best])
     picked = dict.fromkeys(int(np.abs(tokens - at).argmin()) for at in spread)
     return [(best[i][2], best[i][3]) for i in picked]
+
+
+def two_step_grid(difficulty: Any, rows: Sequence[LabelRow], k: int = 6) -> list[dict[str, Any]]:
+    """Settings of two-step policies to try, the safest first, from labelled **validation** rows.
+
+    The start is that of :func:`one_step_grid`; with it, from the safest to the boldest, thoughts are closed more
+    readily (``tau_fast`` 5 to 50) and opened in mid-answer less readily (``tau_slow`` 50 to 90).
+
+    Args:
+        difficulty: ``[n]`` of validation rows.
+        rows: the validation rows.
+        k: how many at most.
+    """
+    pairs = one_step_grid(difficulty, rows, k)
+    bold = np.linspace(0, 1, len(pairs)) if len(pairs) > 1 else np.array([0.5])
+    return [
+        {"tau": tau, "give_up": give_up, "tau_fast": float(5 + 45 * b), "tau_slow": float(50 + 40 * b)}
+        for (tau, give_up), b in zip(pairs, bold, strict=True)
+    ]
+
+
+def run_candidate(
+    router: Router,
+    rows: Sequence[LabelRow],
+    meta: LabelMeta,
+    *,
+    checkers: Mapping[str, Checker] | None = None,
+    chunk: int = 128,
+    progress: bool | None = None,
+) -> Candidate:
+    """A policy run on the questions of labelled rows: what a two-step policy does can't be told from the labels.
+
+    Args:
+        router: with the policy.
+        rows: labelled rows.
+        meta: their header: prompt, temperature, seed, and the limit of tokens (the larger of both modes').
+        checkers: as for labelling.
+        chunk: questions that are answered together.
+        progress: whether to show a bar; by default on a terminal.
+
+    Returns:
+        ``slow`` is 1 where there was a thought at any time.
+    """
+    from kvroute.checkers import check
+    from kvroute.progress import progress_bar
+
+    chat = bool(getattr(router.engine.tokenizer, "chat_template", None))
+    correct, tokens, slow = np.zeros(len(rows)), np.zeros(len(rows)), np.zeros(len(rows))
+    with progress_bar(router.policy.kind, len(rows), show=progress) as advance:
+        for start in range(0, len(rows), chunk):
+            part = rows[start : start + chunk]
+            texts = [meta.prompt.replace("{question}", row.question) for row in part]
+            prompts: list[Any] = [[{"role": "user", "content": t}] for t in texts] if chat else list(texts)
+            found = router.generate(
+                prompts,
+                max_tokens=max(meta.max_tokens.values()),
+                temperature=meta.temperature,
+                seed=meta.seed if meta.temperature > 0 else None,
+                progress=False,
+            )
+            for i, (row, routed) in enumerate(zip(part, found, strict=True), start):
+                if routed.decision.fault is not None:
+                    raise InvalidInputError(f"Question {row.id!r} could not be routed: {routed.decision.fault}.")
+                switch = routed.decision.switch
+                correct[i] = check(routed.answer, row.answer, row.answer_type, checkers=checkers or {}).correct
+                tokens[i] = len(routed.generation.token_ids)
+                slow[i] = routed.decision.mode == "slow" or (switch is not None and switch.to == "slow")
+            advance(len(part))
+    return Candidate(router.policy.model_dump(mode="json", exclude={"guarantee", "drift"}), correct, tokens, slow)

@@ -1,4 +1,4 @@
-"""``kvroute calibrate``: a confidence from answers that are known to be right or wrong."""
+"""``kvroute calibrate``: a confidence from checked answers, or a routing policy with a stated guarantee."""
 
 from __future__ import annotations
 
@@ -28,17 +28,37 @@ from kvroute.rows import parse_jsonl, read_text
 
 def command(
     confidence: Annotated[
-        str,
+        str | None,
         typer.Option(
             "--confidence",
             help="JSON Lines with correct (true or false) and either scores, or prompt (or messages) and answer.",
         ),
-    ],
-    name: Annotated[str | None, typer.Option(help="Save as NAME.json in the folder KVROUTE_CALIBRATORS.")] = None,
+    ] = None,
+    routing: Annotated[Path | None, typer.Option("--routing", help="The file that kvroute label wrote.")] = None,
+    head: Annotated[Path | None, typer.Option("--head", help="Routing: the folder that kvroute train wrote.")] = None,
+    max_loss: Annotated[
+        float | None,
+        typer.Option("--max-loss", help="Routing: at most this many points of accuracy below always slow."),
+    ] = None,
+    max_tokens: Annotated[
+        float | None, typer.Option("--max-tokens", help="Routing: at most this many tokens a question, on the mean.")
+    ] = None,
+    max_slow: Annotated[
+        float | None, typer.Option("--max-slow", help="Routing: think about at most this share of the questions.")
+    ] = None,
+    delta: Annotated[float, typer.Option(help="Routing: probability that the promise is broken.")] = 0.1,
+    policy: Annotated[str, typer.Option(help="Routing: one-step, or two-step (runs every candidate).")] = "one-step",
+    candidates: Annotated[
+        int | None, typer.Option(min=1, help="Routing: how many to try at most; by default 20, two-step 6.")
+    ] = None,
+    name: Annotated[
+        str | None,
+        typer.Option(help="Save as NAME.json in the folder KVROUTE_CALIBRATORS (routing: KVROUTE_POLICIES)."),
+    ] = None,
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Save to this .json file instead.")] = None,
     method: Annotated[str, typer.Option(help="logistic (one or several scores) or isotonic (one).")] = "logistic",
     scores: Annotated[str | None, typer.Option(help="Scores or families to read, with commas between.")] = None,
-    seed: Annotated[int, typer.Option(help="Of the cross-validation.")] = 0,
+    seed: Annotated[int, typer.Option(help="Of the cross-validation; routing: of the drift reference.")] = 0,
     model: Model = "smollm2",
     dtype: Dtype = "auto",
     device: Device = None,
@@ -46,10 +66,26 @@ def command(
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
-    """Fit a confidence in [0, 1] and save it as JSON, bound to the model. Metrics are cross-validated."""
+    """Fit a confidence in [0, 1] (--confidence), or find the cheapest policy that keeps a promise (--routing)."""
     from kvroute import ConfidenceCalibrator
+    from kvroute.calibration import FOLDER_VARIABLE
 
-    target = _target(name, out)
+    if (confidence is None) == (routing is None):
+        raise InvalidInputError("Give --confidence or --routing, one of the two.")
+    if routing is not None:
+        from kvroute.cli.calibrate_routing import calibrate_routing
+        from kvroute.policy import FOLDER_VARIABLE as POLICIES
+
+        calibrate_routing(
+            routing, head, _target(name, out, POLICIES), max_loss=max_loss, max_tokens=max_tokens, max_slow=max_slow,
+            delta=delta, kind=policy, candidates=candidates, model=model, dtype=dtype, device=device, seed=seed,
+            force=force, quiet=quiet, as_json=as_json,
+        )  # fmt: skip
+        return
+    assert confidence is not None
+    if head is not None or (max_loss, max_tokens, max_slow) != (None, None, None):
+        raise InvalidInputError("--head and the promises are for --routing.")
+    target = _target(name, out, FOLDER_VARIABLE)
     if target.exists() and not force:
         raise InvalidInputError(f"{target} is there already.", hint="Pass --force to replace it.")
     rows = []
@@ -80,7 +116,7 @@ def command(
     console.print(f"Saved to {target}.", soft_wrap=True)
 
 
-def _target(name: str | None, out: Path | None) -> Path:
+def _target(name: str | None, out: Path | None, variable: str) -> Path:
     if (name is None) == (out is None):
         raise InvalidInputError("Give --name or --out, one of the two.")
     if out is not None:
@@ -88,11 +124,9 @@ def _target(name: str | None, out: Path | None) -> Path:
             raise InvalidInputError(f"{str(out)!r} does not end in .json.")
         return out
     assert name is not None
-    from kvroute.calibration import FOLDER_VARIABLE
-
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
         raise InvalidInputError(f"{name!r} is not a name.", hint="Letters, digits, '.', '-' and '_', no path.")
-    folder = os.environ.get(FOLDER_VARIABLE)
+    folder = os.environ.get(variable)
     if not folder:
-        raise InvalidInputError(f"--name needs the folder {FOLDER_VARIABLE}.", hint="Set it, or give --out FILE.json.")
+        raise InvalidInputError(f"--name needs the folder {variable}.", hint="Set it, or give --out FILE.json.")
     return Path(folder) / f"{name}.json"
