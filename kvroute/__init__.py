@@ -30,9 +30,11 @@ from kvroute.errors import (
 
 if TYPE_CHECKING:
     from kvroute.calibration import ConfidenceCalibrator
+    from kvroute.candidates import Baseline, Candidate, one_step_candidate, run_candidate, threshold_grid
     from kvroute.chains import ChainScores, ChainSpec, ChainState, chain_scores
     from kvroute.checkers import CheckResult
     from kvroute.decisions import Decision, Routed, RoutedChunk, Switch
+    from kvroute.drift import DriftHealth, DriftMonitor
     from kvroute.embedder import KVEmbedder
     from kvroute.engines.base import Engine
     from kvroute.engines.decoding import Prefix
@@ -48,6 +50,7 @@ if TYPE_CHECKING:
         TokenIds,
         Usage,
     )
+    from kvroute.guarantee import AtMostLoss, AtMostSlow, AtMostTokens, Certificate, certify, order_candidates
     from kvroute.heads.head import DifficultyHead
     from kvroute.heads.neighbours import Neighbour
     from kvroute.info import LayerInfo, ModelInfo
@@ -67,7 +70,13 @@ if TYPE_CHECKING:
 
 _LAZY = {
     "AnswerPooling": "kvroute.features",
+    "AtMostLoss": "kvroute.guarantee",
+    "AtMostSlow": "kvroute.guarantee",
+    "AtMostTokens": "kvroute.guarantee",
+    "Baseline": "kvroute.candidates",
     "CancelToken": "kvroute.generation",
+    "Candidate": "kvroute.candidates",
+    "Certificate": "kvroute.guarantee",
     "ChainScores": "kvroute.chains",
     "ChainSpec": "kvroute.chains",
     "ChainState": "kvroute.chains",
@@ -75,6 +84,8 @@ _LAZY = {
     "ConfidenceCalibrator": "kvroute.calibration",
     "Decision": "kvroute.decisions",
     "DifficultyHead": "kvroute.heads.head",
+    "DriftHealth": "kvroute.drift",
+    "DriftMonitor": "kvroute.drift",
     "Engine": "kvroute.engines.base",
     "Evaluation": "kvroute.evaluation",
     "FrequencyTable": "kvroute.token_weights",
@@ -107,19 +118,30 @@ _LAZY = {
     "TokenIds": "kvroute.generation",
     "TransformersEngine": "kvroute.engines.transformers_engine",
     "Usage": "kvroute.generation",
+    "certify": "kvroute.guarantee",
     "chain_scores": "kvroute.chains",
     "evaluate_head": "kvroute.routing_evaluation",
     "label_questions": "kvroute.labelling",
+    "one_step_candidate": "kvroute.candidates",
+    "order_candidates": "kvroute.guarantee",
     "pool": "kvroute.pooling",
     "read_labels": "kvroute.label_rows",
+    "run_candidate": "kvroute.candidates",
+    "threshold_grid": "kvroute.candidates",
 }
 
 __all__ = [
     "PRESETS",
     "SCORES",
     "AnswerPooling",
+    "AtMostLoss",
+    "AtMostSlow",
+    "AtMostTokens",
+    "Baseline",
     "CalibrationError",
     "CancelToken",
+    "Candidate",
+    "Certificate",
     "ChainScores",
     "ChainSpec",
     "ChainState",
@@ -128,6 +150,8 @@ __all__ = [
     "ConfidenceCalibrator",
     "Decision",
     "DifficultyHead",
+    "DriftHealth",
+    "DriftMonitor",
     "EmptyTextError",
     "Engine",
     "Evaluation",
@@ -172,11 +196,16 @@ __all__ = [
     "Usage",
     "WindowedLayerError",
     "__version__",
+    "certify",
     "chain_scores",
     "evaluate_head",
     "label_questions",
+    "one_step_candidate",
+    "order_candidates",
     "pool",
     "read_labels",
+    "run_candidate",
+    "threshold_grid",
 ]
 
 
