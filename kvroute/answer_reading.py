@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass
 from fractions import Fraction
 
-MAX_TEXT = 200_000
+MAX_TEXT = 20_000
 """Only the last so many characters of a text are looked at; an answer stands at the end."""
 _MAX_DIGITS = 1000
 _MAX_EXPONENT = 400
@@ -68,7 +68,7 @@ def last_boxed(text: str) -> str | None:
 _DIGITS = r"(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+"
 _NUMBER = re.compile(
     rf"""
-    (?P<sign>(?<![\w)\]}}.])[-−–+]\s?(?=[$€£¥]?\s?(?:\.?\d|\\[dt]?frac)))?   # a minus, not a difference
+    (?P<sign>(?<![\w)\]}}.])(?:[-−–+]|(?<![\w)\]}}]\s)[-−–+]\s)(?=[$€£¥]?\s?(?:\.?\d|\\[dt]?frac)))?  # no difference
     (?<![A-Za-z_\d\\])(?:[$€£¥]\s?)?(?P<late>(?<=[$€£¥])[-−–])?
     (?:
       (?:(?P<whole>\d+)\s*)?\\[dt]?frac\s*\{{\s*(?P<top>-?\d+)\s*\}}\s*\{{\s*(?P<bottom>\d+)\s*\}}

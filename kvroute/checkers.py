@@ -141,10 +141,8 @@ def _expected_number(answer: str) -> Number:
 
 # ---------------------------------------------------------------------- choices
 
-_LETTER_ALONE = re.compile(r"^\W*(?:option|choice|answer)?\W*\(?([A-Za-z])\)?\W*$", re.IGNORECASE)
 _LETTER_FIRST = re.compile(r"^\W*(?:(?:option|choice)\s+)?\(?([A-Z])\b(?=\s*(?:[).:,*\]]|$|-\s|\\))", re.IGNORECASE)
-_LETTER_BRACKETED = re.compile(r"\(\s*(?:\\text\s*\{)?([A-Z])\}?\s*\)")
-_LETTER_NAMED = re.compile(r"\b(?:option|choice)\s+\(?([A-Z])\b", re.IGNORECASE)
+_LETTER_MARKED = re.compile(r"\(\s*(?:\\text\s*\{)?([A-Z])\}?\s*\)|\b(?:[Oo]ption|[Cc]hoice)\s+\(?([A-Za-z])(?![\w'’])")
 _LETTER_CAPITAL = re.compile(r"(?<![\w'’])([B-HJ-Z])(?![\w'’])")
 _LETTER_STATED = re.compile(r"^\W*([A-Z])(?![\w'’])")
 
@@ -155,21 +153,29 @@ def check_choice(text: str, answer: str) -> CheckResult:
     Raises:
         InvalidInputError: the expected answer is no letter.
     """
-    wanted = _LETTER_ALONE.match(answer)
+    wanted = _lone_letter(answer)
     if wanted is None:
         raise InvalidInputError(f"The expected answer {answer!r} is no letter of a choice.")
     found = _choice(text)
     if found is None:
         return CheckResult.unreadable()
-    return CheckResult(found, found == wanted[1].upper(), True)
+    return CheckResult(found, found == wanted, True)
+
+
+def _lone_letter(text: str) -> str | None:
+    """The letter of a text that holds nothing else."""
+    words = re.findall(r"\w+", text)
+    if len(words) == 2 and words[0].lower() in ("option", "choice", "answer"):
+        words = words[1:]
+    return words[0].upper() if len(words) == 1 and re.fullmatch("[A-Za-z]", words[0]) else None
 
 
 def _choice(text: str) -> str | None:
     part = final_part(text)
     stated = part.text.replace("\\text", "").replace("\\mathrm", "")
-    alone = _LETTER_ALONE.match(stated)
+    alone = _lone_letter(stated)
     if alone:
-        return alone[1].upper()
+        return alone
     if part.how != "whole":
         first = _LETTER_FIRST.match(stated) or _LETTER_STATED.match(stated)
         # 'The answer is A good idea' and 'I think' state no letter.
@@ -179,11 +185,9 @@ def _choice(text: str) -> str | None:
         first = _LETTER_FIRST.match(stated)
         if first:
             return first[1].upper()
-    for pattern in (_LETTER_BRACKETED, _LETTER_NAMED, _LETTER_CAPITAL):
-        letters = pattern.findall(stated)
-        if letters:
-            return str(letters[-1]).upper()
-    return None
+    marked = ["".join(groups) for groups in _LETTER_MARKED.findall(stated)]
+    letters = marked or _LETTER_CAPITAL.findall(stated)
+    return str(letters[-1]).upper() if letters else None
 
 
 # ---------------------------------------------------------------------- truth values

@@ -85,15 +85,16 @@ def summary_table(groups: dict[str, list[Group]], *, most_kinds: int = 12) -> Ta
     """The same, for a terminal; of many kinds the largest are shown."""
     from rich.table import Column, Table
 
-    names = ("", "rows", "failed", "right: fast, slow", "tokens: fast, slow", "unread", "0", "25", "75", "100")
-    table = Table(names[0], *(Column(name, justify="right") for name in names[1:]))
+    table = Table(Column("", overflow="ellipsis", no_wrap=True, max_width=16))
+    for name in ("rows", "failed", "right\nfast  slow", "tokens\nfast slow", "unread", "labels\n0/25/75/100"):
+        table.add_column(name, justify="right", no_wrap=True, min_width=len(name.split("\n")[-1]))
     kinds = sorted(groups["kinds"], key=lambda g: (-g.rows, g.name))[:most_kinds]
     for members in (kinds if len(groups["kinds"]) > 1 else [], groups["parts"], groups["all"]):
         for g in members:
-            right = f"{g.fast_right:.3f}  {g.slow_right:.3f}"
-            tokens = f"{g.fast_tokens:.1f}  {g.slow_tokens:.1f}"
-            counts = map(str, g.labels.values())
-            table.add_row(g.name, str(g.rows), str(g.failed), right, tokens, str(g.unreadable), *counts)
+            right = f"{g.fast_right:.3f} {g.slow_right:.3f}"
+            tokens = f"{g.fast_tokens:.0f} {g.slow_tokens:.0f}"
+            labels = "/".join(map(str, g.labels.values()))
+            table.add_row(g.name, str(g.rows), str(g.failed), right, tokens, str(g.unreadable), labels)
         table.add_section()
     return table
 

@@ -223,7 +223,10 @@ def _report(
         return
     from rich.console import Console
 
-    Console().print(summary_table(groups))
+    console = Console()
+    if not console.is_terminal:
+        console.width = 120
+    console.print(summary_table(groups))
     typer.echo(f"{len(rows)} rows in {out}{f' ({resumed} were there already)' if resumed else ''}.", err=True)
     if failed:
         typer.echo(
