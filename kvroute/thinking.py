@@ -56,7 +56,7 @@ class ThinkingMode(_Spec):
     name: str = "custom"
     """What it was read from."""
     fast: str
-    """Follows the prompt and makes the model answer at once."""
+    """Follows the prompt and makes the model answer at once; may be empty."""
     slow: str
     """Follows the prompt and makes it think first."""
     leave: str
@@ -107,15 +107,18 @@ class ThinkingMode(_Spec):
         while shared < min(len(on), len(off)) and on[shared] == off[shared]:
             shared += 1
         thinking, blank = on[shared:], off[shared:]
-        if _MARK not in on[:shared] or (OPEN not in blank and OPEN not in thinking):
+        asked_at = on.find(_MARK)
+        if (
+            0 <= asked_at < shared and OPEN in on[asked_at:shared]
+        ):  # both open it: the tags are the model's all the same
+            at = on.rindex(OPEN, asked_at, shared)
+            thinking, blank = on[at:], off[at:]
+        if not 0 <= asked_at < shared or (OPEN not in blank and OPEN not in thinking):
             raise UnsupportedModelError(
                 f"The chat template of {model} takes enable_thinking, and what it changes stands before the question "
                 f"or is not {OPEN}.",
                 hint=_HOW,
             )
-        if OPEN in on[:shared]:  # both open it: the tags are the model's turn all the same
-            at = on.rindex(OPEN, 0, shared)
-            thinking, blank = on[at:], off[at:]
         return cls(
             name="enable_thinking",
             **(_tags("\n") | {"fast": blank or f"{OPEN}\n\n{CLOSE}\n\n", "slow": thinking or f"{OPEN}\n"}),
@@ -184,10 +187,16 @@ class ThinkingMode(_Spec):
         """
         if self.close is None:
             return "", text
+        opening = self.enter.strip()
         thought, closed, answer = text.rpartition(self.close.strip())
         if closed:
-            return thought.removeprefix(OPEN).strip(), answer.strip()
-        return (text.strip(), "") if mode == "slow" else ("", text.strip())
+            return _behind(thought, opening), answer.strip()
+        return (_behind(text, opening), "") if mode == "slow" else ("", text.strip())
+
+
+def _behind(text: str, opening: str) -> str:
+    """What follows the last opening of a thought: an answer that was broken off to think is part of neither."""
+    return (text.rpartition(opening)[2] if opening else text).strip()
 
 
 def _tags(blank: str) -> dict[str, str]:
