@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, cast, get_args
 
@@ -52,6 +53,9 @@ def command(
         bool | None,
         typer.Option("--windows/--no-windows", help="A head for mid-thought; by default if there are checkpoints."),
     ] = None,
+    every: Annotated[
+        int | None, typer.Option(min=1, help="Tokens of a fast answer between windows; by default as the checkpoints.")
+    ] = None,
     quick: Annotated[bool, typer.Option("--quick", help="A smaller search.")] = False,
     budget_seconds: Annotated[float | None, typer.Option(help="Begin no candidate after that long.")] = None,
     seed: Annotated[int, typer.Option(help="Of everything random.")] = 0,
@@ -76,6 +80,7 @@ def command(
         raise InvalidInputError(f"No kind of head is named {kind!r}.", hint=f"Use auto, {', '.join(get_args(Kind))}.")
     if out.exists() and not force:
         raise InvalidInputError(f"{out} is there already.", hint="Pass --force to replace it.")
+    _check_writable(out)
     changes: dict[str, Any] = {
         "spec": _spec(spec),
         "window_spec": _spec(window_spec),
@@ -89,7 +94,7 @@ def command(
     engine = load_engine(model, dtype, device)
     head, report = train_head(
         engine, rows, meta, target=cast(Literal["difficulty", "correct"], target), search=options, seed=seed,
-        windows=windows, progress=show_progress(quiet),
+        windows=windows, every=every, progress=show_progress(quiet),
     )  # fmt: skip
     head.save(out)
     write_json(out / REPORT, _KIND, report.to_dict())
@@ -117,6 +122,13 @@ def command(
     if report.windows is not None and head.windows is not None:
         _show(console, head.windows, report.windows, "windows in mid-thought")
     console.print(f"Saved to {out}, every candidate in {out / REPORT}.", soft_wrap=True, highlight=False)
+
+
+def _check_writable(out: Path) -> None:
+    """Refuse before the work what could not be saved after it."""
+    there = next(p for p in (out, *out.absolute().parents) if p.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        raise InvalidInputError(f"The head can't be saved in {out}: {there} is not a folder that can be written to.")
 
 
 def _spec(given: str | None) -> PoolingSpec | None:

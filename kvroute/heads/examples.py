@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 Bools = np.ndarray[Any, np.dtype[np.bool_]]
 Indices = np.ndarray[Any, np.dtype[np.int64]]
 
+LEAST = 20
+"""Rows of training and of validation that a head needs; windows likewise."""
 EVERY = 16
 """Tokens of a fast answer between two windows, where the labels' header does not say (policies look as often)."""
 
@@ -122,6 +124,8 @@ def prompt_examples(engine: Engine, rows: Sequence[LabelRow], *, bare: bool) -> 
 def window_examples(rows: Sequence[LabelRow], layout: Layout, *, every: int = EVERY) -> Examples:
     """Windows in mid-thought, from the checkpoints of slow answers, and in fast answers after every n-th token.
 
+    A window holds everything up to there: the prompt, the mode's tokens and those written.
+
     Targets: a checkpoint that closes right 0; else 75 where the finished slow answer is right, else 100. In a fast
     answer the question's label (DESIGN section 3).
     """
@@ -133,7 +137,8 @@ def window_examples(rows: Sequence[LabelRow], layout: Layout, *, every: int = EV
             stops: list[tuple[int, float, bool]] = []
             if attempt.mode == "slow":
                 late = 0.75 if attempt.correct else 1.0
-                stops = [(c.at, 0.0 if c.correct else late, c.correct) for c in attempt.checkpoints if c.at > 0]
+                points = [c for c in attempt.checkpoints if 0 < c.at <= attempt.tokens]
+                stops = [(c.at, 0.0 if c.correct else late, c.correct) for c in points]
             else:
                 stops = [(n, _label(row), attempt.correct) for n in range(every, attempt.tokens, every)]
             for at, y, right in stops:
@@ -178,17 +183,14 @@ def check_rows(rows: Sequence[LabelRow]) -> None:
     """
     for part in ("train", "validation"):
         count = sum(r.part == part for r in rows)
-        if count < _LEAST:
+        if count < LEAST:
             raise InvalidInputError(
-                f"A head needs at least {_LEAST} labelled rows of the part {part!r}, and there are {count}.",
+                f"A head needs at least {LEAST} labelled rows of the part {part!r}, and there are {count}.",
                 hint="Label more questions.",
             )
     empty = next((r.id for r in rows if not r.prompt_ids), None)
     if empty is not None:
         raise InvalidInputError(f"Row {empty!r} has no prompt_ids.", hint="Label its question anew.")
-
-
-_LEAST = 20
 
 
 def _label(row: LabelRow) -> float:

@@ -27,6 +27,7 @@ from kvroute.heads.fitting import FITS, SETTINGS, Fitted, Rows, Setting, ridge_p
 from kvroute.heads.models import Floats, HeadModel, Vectors
 from kvroute.info import ModelInfo
 from kvroute.pooling import PoolingSpec, _Spec
+from kvroute.progress import progress_bar
 
 Kind = Literal["mlp", "ridge", "logistic", "trees"]
 KINDS: tuple[Kind, ...] = ("ridge", "logistic", "mlp", "trees")
@@ -204,14 +205,19 @@ def search(
     has_bare = any(e.bare for e in whole.examples.items)
     first = whole.without_bare() if options.bare is None else whole
     best: Found | None = None
-    for kind in _by_cost(options.kinds):
-        for spec, x in zip(finalists, vectors, strict=True):
-            for setting in SETTINGS[kind][: len(SETTINGS[kind]) if kind == "ridge" else options.settings]:
-                if best is not None and clock.over():
-                    break
+    plan = [
+        (kind, setting, spec, x)
+        for kind in _by_cost(options.kinds)
+        for spec, x in zip(finalists, vectors, strict=True)
+        for setting in SETTINGS[kind][: len(SETTINGS[kind]) if kind == "ridge" else options.settings]
+    ]
+    with progress_bar("Trying heads", len(plan), show=progress) as advance:
+        for kind, setting, spec, x in plan:
+            if best is None or not clock.over():
                 found = _try("kinds", first, x, spec, kind, setting, has_bare and first is whole, seed, clock)
                 tried.append(found.candidate)
                 best = found if best is None or found.candidate.order > best.candidate.order else best
+            advance(1)
     assert best is not None
     if options.bare is None and has_bare and not clock.over():
         c = best.candidate
@@ -249,10 +255,10 @@ def _in_words(layers: tuple[int, ...], num_layers: int) -> tuple[int, ...] | str
     return f"first:{n}" if layers == tuple(range(n)) else layers
 
 
-def spec_grid(layers: Sequence[int], num_layers: int) -> list[PoolingSpec]:
+def spec_grid(layers: Sequence[int], num_layers: int, heads: Literal["concat", "mean"] = "concat") -> list[PoolingSpec]:
     """The specs of the first stage, the plainest first."""
     grid = [
-        (a + b + c, PoolingSpec(layers=chosen, part=part, heads="concat", **tokens))
+        (a + b + c, PoolingSpec(layers=chosen, part=part, heads=heads, **tokens))
         for a, chosen in enumerate(layer_sets(layers, num_layers))
         for b, part in enumerate(("kv", "v", "k"))
         for c, tokens in enumerate(_TOKENS)
@@ -261,7 +267,8 @@ def spec_grid(layers: Sequence[int], num_layers: int) -> list[PoolingSpec]:
 
 
 def _variants(spec: PoolingSpec, info: ModelInfo) -> Iterator[PoolingSpec]:
-    for changes in ({"heads": "mean"}, {"layer_reduce": "concat"}, {"heads": "mean", "layer_reduce": "concat"}):
+    other = "concat" if spec.heads == "mean" else "mean"
+    for changes in ({"heads": other}, {"layer_reduce": "concat"}, {"heads": other, "layer_reduce": "concat"}):
         variant = spec.model_copy(update=changes)
         if variant.dimension(info) <= _WIDEST:
             yield variant
@@ -285,11 +292,14 @@ def _choose_specs(
             if spec not in best or candidate.order > best[spec].order:
                 best[spec] = candidate
 
-    for spec in spec_grid(layers, info.num_layers):
-        if best and clock.over(0.4):
-            break
-        if spec.dimension(info) <= _WIDEST:
-            consider("specs", spec)
+    kv_heads, key_size, value_size = info.layers[layers[0]].sizes
+    wide = kv_heads * (key_size + value_size) > _WIDEST  # many KV heads, not grouped: side by side they are too much
+    grid = spec_grid(layers, info.num_layers, "mean" if wide else "concat")
+    with progress_bar("Trying pooling specs", len(grid), show=progress) as advance:
+        for spec in grid:
+            if not best or not clock.over(0.4):
+                consider("specs", spec)
+            advance(1)
     leaders = sorted(best, key=lambda s: best[s].order, reverse=True)
     for spec in leaders[:_AROUND]:
         for variant in _variants(spec, info):

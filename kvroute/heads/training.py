@@ -17,6 +17,7 @@ from kvroute.errors import CalibrationError, InvalidInputError
 from kvroute.heads.baselines import confidence_baselines
 from kvroute.heads.examples import (
     EVERY,
+    LEAST,
     Examples,
     answer_examples,
     check_rows,
@@ -84,6 +85,7 @@ def train_head(
     kinds: Sequence[Kind] | None = None,
     seed: int = 0,
     windows: bool | None = None,
+    every: int | None = None,
     progress: bool | None = None,
 ) -> tuple[DifficultyHead, TrainingReport]:
     """Train a head.
@@ -100,7 +102,9 @@ def train_head(
         search: bounds of the search; see :class:`~kvroute.heads.search.SearchOptions`.
         kinds: kinds of heads to try, in place of the search's.
         seed: of everything random.
-        windows: whether to train a head for mid-thought too; by default where the rows hold checkpoints.
+        windows: whether to train a head for mid-thought too; by default where the rows hold checkpoints
+            enough.
+        every: tokens of a fast answer between two windows; by default as many as the checkpoints are apart.
         progress: whether to show bars; by default on a terminal.
 
     Raises:
@@ -123,18 +127,20 @@ def train_head(
         answers = answer_examples([*seen, *test], layout)
         baselines = confidence_baselines(engine, answers, {r.id: r for r in (*seen, *test)}, meta, progress=progress)
         return head, replace(report, baselines=baselines, seconds=time.perf_counter() - began)
-    wanted = any(a.checkpoints for r in seen for a in r.slow) if windows is None else windows
     inner = None
-    if wanted:
-        every = meta.checkpoints or EVERY
+    if windows is not False:
+        every = every or meta.checkpoints or EVERY
         spans, held_out = window_examples(seen, layout, every=every), window_examples(test, layout, every=every)
-        if not any(e.mode == "slow" for e in spans.items):
+        counts = [sum(e.mode == "slow" and e.part == p for e in spans.items) for p in ("train", "validation")]
+        if min(counts) < LEAST and windows:
             raise InvalidInputError(
-                "No row holds a checkpoint, so there is no window in mid-thought to train on.",
+                f"A head for mid-thought needs at least {LEAST} checkpoints in training rows and as many in validation "
+                f"rows, and there are {counts[0]} and {counts[1]}.",
                 hint="Label with --checkpoints, or train without windows.",
             )
-        own = SearchOptions(**{**dict(options), "spec": options.window_spec or options.spec})
-        inner = replace(trainer, options=own).train(target, spans, held_out, windows=True)
+        if min(counts) >= LEAST:
+            own = SearchOptions(**{**dict(options), "spec": options.window_spec or options.spec})
+            inner = replace(trainer, options=own).train(target, spans, held_out, windows=True)
     prompts = prompt_examples(engine, seen, bare=options.bare is not False)
     head, report = trainer.train(target, prompts, prompt_examples(engine, test, bare=False))
     if inner is not None:
@@ -282,6 +288,9 @@ def _metrics(head: DifficultyHead, raw: Floats, spans: Examples, *, windows: boo
         "share_right": float(spans.right.mean()),
         "n": float(len(spans)),
     }
+    for mode in ("fast", "slow") if binary else ():  # one mode is right more often: what is left within each
+        own = np.array([e.mode == mode for e in spans.items], dtype=bool)
+        found[f"auroc_{mode}_answers"] = _auroc(raw[own], right[own]) if own.any() else float("nan")
     if not binary:
         found["mae"] = float(np.mean(np.abs(raw - 100 * spans.y)))
     if not binary and not windows:

@@ -122,6 +122,16 @@ def test_bad_options(
     assert not (tmp_path / "x").exists()
 
 
+def test_what_can_not_be_saved_is_said_before_the_work(run: Run, model: str, labels: Path, tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    file.write_text("mine")
+    for out in (file, file / "head"):
+        code, _, err = run("train", labels, "-o", out, "-m", model, "--force", "--quick")
+        assert code == 2
+        assert "not a folder that can be written to" in err
+    assert file.read_text() == "mine"
+
+
 def test_labels_of_another_model_or_without_header(run: Run, model: str, labels: Path, tmp_path: Path) -> None:
     other = tmp_path / "labels.jsonl"
     other.write_bytes(labels.read_bytes())

@@ -217,6 +217,9 @@ def test_a_confidence_is_trained_on_answers(confident: Any, tiny_engine: Any, ro
     assert report.held_out["auroc_right"] > 0.75
     assert report.held_out["brier"] == pytest.approx(np.mean((p - truth) ** 2), abs=1e-3)
     assert report.held_out["calibration_error"] < 0.15
+    fast = np.array([i % 2 == 0 for i in range(len(ids))])
+    by_mode = auroc(p[fast], np.array(truth)[fast])
+    assert report.held_out["auroc_fast_answers"] == pytest.approx(by_mode, abs=0.03)
 
 
 def test_every_score_of_the_core_stands_beside_it(confident: Any) -> None:
@@ -255,6 +258,15 @@ def test_layer_sets_are_each_named_once() -> None:
     grid = spec_grid(range(30), 30)
     assert len(grid) == len(set(grid)) == 8 * 3 * 7
     assert grid[0] == PoolingSpec(layers="all", part="kv", heads="concat")
+
+
+def test_heads_are_averaged_where_they_are_too_many(tiny_engine: Any, rows: Any, monkeypatch: Any) -> None:
+    from kvroute.heads import search as module
+
+    monkeypatch.setattr(module, "_WIDEST", 40)
+    _, report = train(tiny_engine, rows, search=SearchOptions.quick(kinds=("ridge",)))
+    assert {c.spec.heads for c in report.tried if c.stage == "specs"} == {"mean"}
+    assert max(c.spec.dimension(tiny_engine.info) for c in report.tried) <= 40
 
 
 def spans(right: Any) -> Examples:
@@ -300,7 +312,7 @@ def test_what_can_not_be_trained_on_is_said(tiny_engine: Any, rows: Any) -> None
     plain = [
         r.model_copy(update={"slow": tuple(a.model_copy(update={"checkpoints": ()}) for a in r.slow)}) for r in rows
     ]
-    with pytest.raises(InvalidInputError, match="No row holds a checkpoint"):
+    with pytest.raises(InvalidInputError, match="there are 0 and 0"):
         train(tiny_engine, plain, windows=True)
     assert train(tiny_engine, plain, windows=None)[0].windows is None
     with pytest.raises(SpecError, match="sif"):
