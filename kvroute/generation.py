@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from pydantic import Field
@@ -13,6 +13,9 @@ from pydantic import Field
 from kvroute.errors import InvalidInputError
 from kvroute.pooling import _Spec
 from kvroute.scores import Score
+
+if TYPE_CHECKING:
+    from kvroute.engines.decoding import Prefix
 
 Message = Mapping[str, Any]
 
@@ -100,6 +103,8 @@ class Generation:
         scores: scores by their names in :data:`kvroute.SCORES`.
         feature_errors: by name, why a feature that was asked for is missing. A fault in a feature never costs
             the answer.
+        prefix: with ``keep_cache``, the cache of the prompt and of all its tokens but the last, for prompts that begin
+            with them; None where it was not asked for, where nothing ran, and for models with recurrent layers.
     """
 
     text: str
@@ -111,6 +116,7 @@ class Generation:
     features: dict[str, np.ndarray[Any, np.dtype[np.float32]]] = field(default_factory=dict)
     scores: dict[str, Score] = field(default_factory=dict)
     feature_errors: dict[str, str] = field(default_factory=dict)
+    prefix: Prefix | None = field(default=None, repr=False, compare=False)
 
 
 @dataclass(frozen=True, slots=True)

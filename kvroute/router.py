@@ -268,6 +268,7 @@ class Router:
         progress: bool | None = None,
         template: Mapping[str, Any] | None = None,
         prefix: Any = None,
+        keep_cache: bool = False,
         **sampling: Any,
     ) -> Routed | list[Routed]:
         """Decide, then answer, in one run over one cache.
@@ -277,7 +278,8 @@ class Router:
             mode: demand a mode, for all or one a prompt (None where the policy decides).
             explain: name the nearest labelled questions in the decisions.
             last: the mode of the conversation's last turn.
-            features, options, cancel, progress, prefix, sampling: as in :meth:`kvroute.TransformersEngine.generate`.
+            features, options, cancel, progress, prefix, keep_cache, sampling: as in
+                :meth:`kvroute.TransformersEngine.generate`.
             template: further variables of the chat template, such as ``tools``.
 
         Returns:
@@ -294,6 +296,7 @@ class Router:
             features=self._features(features),
             options=self._options(options, sampling),
             prefix=prefix,
+            keep_cache=keep_cache,
             steer=RouteSteer(self, requests, explain=explain),
             cancel=cancel,
             progress=False if single else progress,
@@ -317,6 +320,7 @@ class Router:
         cancel: CancelToken | None = None,
         template: Mapping[str, Any] | None = None,
         prefix: Any = None,
+        keep_cache: bool = False,
         **sampling: Any,
     ) -> Iterator[RoutedChunk]:
         """:meth:`generate`, piece by piece. The last piece of each answer carries the whole of it.
@@ -330,6 +334,7 @@ class Router:
             features=self._features(features),
             options=self._options(options, sampling),
             prefix=prefix,
+            keep_cache=keep_cache,
             steer=RouteSteer(self, requests, explain=explain),
             cancel=cancel,
         )

@@ -75,6 +75,7 @@ class _Row:
     finish: FinishReason | None = None
     ended_at: float = 0.0
     logit_sums: Tensor | None = None
+    kept: Prefix | None = None
 
 
 class DecodeSession:
@@ -91,6 +92,8 @@ class DecodeSession:
         sif_weights: SIF weight of every token for an ``a``, for pooled features that need them.
         follow_text: whether text is needed while it is written (streaming, stop texts).
         steering: puts tokens behind the prompts and into answers.
+        keep_cache: whether each answer's cache is kept, as a :class:`Prefix` for prompts that begin like it.
+        model_id: fingerprint and name of the model, for kept caches.
 
     Equal prompts are run once.
     """
@@ -109,7 +112,10 @@ class DecodeSession:
         sif_weights: Callable[[float], Tensor] | None = None,
         follow_text: bool = False,
         steering: Steering | None = None,
+        keep_cache: bool = False,
+        model_id: tuple[str, str] = ("", ""),
     ) -> None:
+        self.keep_cache, self.model_id = keep_cache, model_id
         self.model, self.tokenizer, self.options, self.plan = model, tokenizer, options, plan
         self.num_layers = num_layers
         self.prefix = prefix
@@ -327,6 +333,7 @@ class DecodeSession:
             features=self.features[r],
             scores=scores,
             feature_errors=self.errors[r],
+            prefix=row.kept,
         )
 
     def _decode(self, row: _Row) -> str:
@@ -358,10 +365,21 @@ class DecodeSession:
             self._feed_chain(ended)
         if any(of == "answer" for of, _ in self.plan.pooled.values()):
             self._answer_features(ended)
+        if self.keep_cache and self.prefilled:
+            self._keep(ended)
         now = time.perf_counter()
         for r in ended:
             self.rows[r].ended_at = now
         self.active = [r for r in self.active if not self.rows[r].finish]
+
+    def _keep(self, ended: Sequence[int]) -> None:
+        """Copy the caches of answers that have just ended. Recurrent states belong to no token: such are not kept."""
+        if len(self.cache.attention_layers) != len(self.cache.layers):
+            return
+        for r in ended:
+            row, held = self.rows[r], self._held(r)
+            cache = self.cache.copy_sequence(self.model.config, self.lanes.index(r), row.pad, held)
+            row.kept = Prefix(tuple((row.prompt + row.tokens)[:held]), cache, *self.model_id)
 
     # ------------------------------------------------------------------ features
 

@@ -203,6 +203,19 @@ class SlabCache(Cache):  # type: ignore[misc]
             if isinstance(layer, LinearAttentionCacheLayerMixin):
                 layer.reorder_cache(rows)
 
+    def copy_sequence(self, config: PreTrainedConfig, lane: int, begin: int, count: int) -> SlabCache:
+        """A cache that holds ``count`` tokens of one sequence, from slot ``begin``; nothing is shared with this one."""
+        made = SlabCache(config)
+        for (slab, _, _), (source, _, _) in zip(made.slabs, self.slabs, strict=True):
+            assert source.keys is not None
+            assert source.values is not None
+            slab.keys = source.keys[:, lane : lane + 1, :, begin : begin + count].clone()
+            slab.values = source.values[:, lane : lane + 1, :, begin : begin + count].clone()
+        for layer in made.attention_layers:
+            layer.length = count
+            layer.is_initialized = True
+        return made
+
     def continue_from(self, other: SlabCache, kept: list[int], width: int) -> None:
         """Begin with the first tokens of another cache of one sequence.
 

@@ -122,6 +122,7 @@ class TransformersEngine(TransformersReader):
         options: SamplingOptions | None = None,
         prefix: Prefix | None = None,
         steer: Steer | None = None,
+        keep_cache: bool = False,
         cancel: CancelToken | None = None,
         progress: bool | None = None,
         **sampling: Any,
@@ -135,6 +136,7 @@ class TransformersEngine(TransformersReader):
         options: SamplingOptions | None = None,
         prefix: Prefix | None = None,
         steer: Steer | None = None,
+        keep_cache: bool = False,
         cancel: CancelToken | None = None,
         progress: bool | None = None,
         **sampling: Any,
@@ -148,6 +150,7 @@ class TransformersEngine(TransformersReader):
         options: SamplingOptions | None = None,
         prefix: Prefix | None = None,
         steer: Steer | None = None,
+        keep_cache: bool = False,
         cancel: CancelToken | None = None,
         progress: bool | None = None,
         **sampling: Any,
@@ -160,6 +163,7 @@ class TransformersEngine(TransformersReader):
         options: SamplingOptions | None = None,
         prefix: Prefix | None = None,
         steer: Steer | None = None,
+        keep_cache: bool = False,
         cancel: CancelToken | None = None,
         progress: bool | None = None,
         **sampling: Any,
@@ -173,6 +177,7 @@ class TransformersEngine(TransformersReader):
                 ``stop``, ``repetition_penalty``.
             prefix: a cache that the prompts may continue.
             steer: puts tokens behind prompts and into answers: see :mod:`kvroute.engines.steering`.
+            keep_cache: whether each answer's ``prefix`` is kept, so that a prompt that goes on from it computes less.
             cancel: ends the work from elsewhere.
             progress: whether to show a bar for many prompts; by default on a terminal.
 
@@ -189,7 +194,8 @@ class TransformersEngine(TransformersReader):
         found: dict[int, Generation] = {}
         show = False if single else progress
         with progress_bar("Writing answers", len(listed), show=show) as advance:
-            for chunk in self._run(*run, prefix=prefix, steer=steer, cancel=cancel, follow_text=False):
+            work = self._run(*run, prefix=prefix, steer=steer, keep_cache=keep_cache, cancel=cancel, follow_text=False)
+            for chunk in work:
                 if chunk.generation is not None:
                     found[chunk.index] = chunk.generation
                     advance(1)
@@ -203,6 +209,7 @@ class TransformersEngine(TransformersReader):
         options: SamplingOptions | None = None,
         prefix: Prefix | None = None,
         steer: Steer | None = None,
+        keep_cache: bool = False,
         cancel: CancelToken | None = None,
         **sampling: Any,
     ) -> Iterator[GenerationChunk]:
@@ -214,7 +221,7 @@ class TransformersEngine(TransformersReader):
         """
         listed, _ = as_prompts(prompts)
         run = self._plan(listed, features, options, prefix, sampling, reserve=steer.reserve if steer else 0)
-        return self._run(*run, prefix=prefix, steer=steer, cancel=cancel, follow_text=True)
+        return self._run(*run, prefix=prefix, steer=steer, keep_cache=keep_cache, cancel=cancel, follow_text=True)
 
     async def agenerate(self, prompts: Any, **kwargs: Any) -> Generation | list[Generation]:
         """:meth:`generate` in a thread. Cancelling the task ends the work."""
@@ -277,6 +284,7 @@ class TransformersEngine(TransformersReader):
         *,
         prefix: Prefix | None,
         steer: Steer | None,
+        keep_cache: bool,
         cancel: CancelToken | None,
         follow_text: bool,
     ) -> Iterator[GenerationChunk]:
@@ -298,6 +306,8 @@ class TransformersEngine(TransformersReader):
                 sif_weights=self.sif_weights,
                 follow_text=follow_text,
                 steering=steer.open(batch) if steer else None,
+                keep_cache=keep_cache,
+                model_id=(self._info.fingerprint, self._info.name),
             )
             try:
                 if cancel is None or not cancel.cancelled:
