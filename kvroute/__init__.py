@@ -53,6 +53,8 @@ if TYPE_CHECKING:
     from kvroute.guarantee import AtMostLoss, AtMostSlow, AtMostTokens, Certificate, certify, order_candidates
     from kvroute.heads.head import DifficultyHead
     from kvroute.heads.neighbours import Neighbour
+    from kvroute.heads.search import SearchOptions
+    from kvroute.heads.training import TrainingReport, train_head
     from kvroute.info import LayerInfo, ModelInfo
     from kvroute.label_rows import LabelRow, read_labels
     from kvroute.labelling import Question, label_questions
@@ -111,11 +113,13 @@ _LAZY = {
     "SamplingOptions": "kvroute.generation",
     "Score": "kvroute.scores",
     "ScoreInfo": "kvroute.scores",
+    "SearchOptions": "kvroute.heads.search",
     "SelfEvaluator": "kvroute.self_evaluation",
     "Switch": "kvroute.decisions",
     "ThinkingMode": "kvroute.thinking",
     "Timings": "kvroute.generation",
     "TokenIds": "kvroute.generation",
+    "TrainingReport": "kvroute.heads.training",
     "TransformersEngine": "kvroute.engines.transformers_engine",
     "Usage": "kvroute.generation",
     "certify": "kvroute.guarantee",
@@ -125,6 +129,7 @@ _LAZY = {
     "one_step_candidate": "kvroute.candidates",
     "order_candidates": "kvroute.guarantee",
     "pool": "kvroute.pooling",
+    "train_head": "kvroute.heads.training",
     "read_labels": "kvroute.label_rows",
     "run_candidate": "kvroute.candidates",
     "threshold_grid": "kvroute.candidates",
@@ -184,6 +189,7 @@ __all__ = [
     "SamplingOptions",
     "Score",
     "ScoreInfo",
+    "SearchOptions",
     "SelfEvaluator",
     "SpecError",
     "Switch",
@@ -191,6 +197,7 @@ __all__ = [
     "ThinkingMode",
     "Timings",
     "TokenIds",
+    "TrainingReport",
     "TransformersEngine",
     "UnsupportedModelError",
     "Usage",
@@ -206,6 +213,7 @@ __all__ = [
     "read_labels",
     "run_candidate",
     "threshold_grid",
+    "train_head",
 ]
 
 
