@@ -24,11 +24,11 @@ from kvroute.cli.common import (
     work_to_stdout,
 )
 from kvroute.errors import InvalidInputError
-from kvroute.generation import Prompt, SamplingOptions
 from kvroute.rows import PartialRun, digest_of, parse_jsonl, read_text, text_field
 
 if TYPE_CHECKING:
     from kvroute import Routed, Router
+    from kvroute.generation import Prompt
 
 _CHUNK = 32
 
@@ -62,7 +62,7 @@ def command(
     as_json: Json = False,
 ) -> None:
     """Answer questions, fast or slow as the policy says. Rows with answer and answer_type are checked too."""
-    from kvroute import DifficultyHead, Policy, Router
+    from kvroute import DifficultyHead, Policy, Router, SamplingOptions
 
     if (file is None) == (ask is None):
         raise InvalidInputError("Give a file or --ask, one of the two.")
