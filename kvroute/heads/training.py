@@ -125,6 +125,10 @@ def train_head(
     if target == "correct":
         head, report = trainer.train(target, answer_examples(seen, layout), answer_examples(test, layout))
         answers = answer_examples([*seen, *test], layout)
+        fit = answers.where("train", "validation")
+        if len(fit) > options.rows:  # a map of a score or two needs no more
+            fit = np.sort(np.random.default_rng(seed).choice(fit, options.rows, replace=False))
+        answers = answers.take([*fit, *answers.where("test")])
         baselines = confidence_baselines(engine, answers, {r.id: r for r in (*seen, *test)}, meta, progress=progress)
         return head, replace(report, baselines=baselines, seconds=time.perf_counter() - began)
     inner = None
