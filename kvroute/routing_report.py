@@ -291,12 +291,23 @@ def rendered(figure: Figure, suffix: str) -> bytes:
     return out.getvalue()
 
 
-def _figure(width: float, height: float) -> tuple[Figure, Axes]:
+def require_matplotlib() -> None:
+    """Ask for the plots' package before long work.
+
+    Raises:
+        MissingExtraError: matplotlib is not installed.
+    """
     try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
+        import matplotlib  # noqa: F401
     except ImportError as error:
         raise MissingExtraError("matplotlib", "eval") from error
+
+
+def _figure(width: float, height: float) -> tuple[Figure, Axes]:
+    require_matplotlib()
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()

@@ -46,8 +46,9 @@ def command(
     from kvroute.label_rows import read_labels
     from kvroute.routing_baselines import EvaluationRows, check_baselines
     from kvroute.routing_evaluation import evaluate_head
-    from kvroute.routing_report import REPORT
+    from kvroute.routing_report import REPORT, require_matplotlib
 
+    require_matplotlib()
     names = None if baselines is None else [] if baselines == "none" else names_in(baselines)
     check_baselines(names or [])
     if (out / REPORT).exists() and not force:

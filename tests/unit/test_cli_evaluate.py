@@ -16,7 +16,8 @@ from kvroute.errors import InvalidInputError, ModelLoadError, ModelMismatchError
 from kvroute.heads import DifficultyHead
 from kvroute.heads.fitting import Rows, fit_ridge
 from kvroute.label_rows import LabelRow, usable, write_meta
-from kvroute.routing_curves import Modes, choose_threshold
+from kvroute.routing_curves import Modes, choose_threshold, hull_thresholds
+from kvroute.routing_intervals import Resamples, at_equal_accuracy
 from kvroute.routing_metrics import auroc_interval, fast_probability
 from label_data import label_meta, label_rows
 
@@ -112,6 +113,9 @@ def test_evaluate_judges_on_test_rows(
     assert point["accuracy"]["value"] == pytest.approx(chosen.accuracy)
     assert point["tokens"]["value"] == pytest.approx(chosen.mean_tokens)
     assert found["policies"]["easy"]["gap_recovered"]["low"] > 0.5
+    settings = modes.sweep(difficulty, hull_thresholds(Modes.of(held), before))  # from validation rows
+    equal = at_equal_accuracy(settings, modes, Resamples(len(test), 200), 1.0)
+    assert found["policies"]["easy"]["at_equal_accuracy"]["tokens"] == pytest.approx(equal.tokens.to_dict())
     assert [c["b"] for c in found["compared"]] == ["length", "last-hidden", "tfidf", "random"]
     assert {Path(p).name for p in found["files"]} == {
         "report.json", "curves.png", "curves.svg", "reliability.png", "reliability.svg",

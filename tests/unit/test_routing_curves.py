@@ -90,6 +90,7 @@ def test_sweep_is_the_policy_at_each_threshold(n: int, seed: int, levels: int) -
         tokens = [modes.slow.tokens[i] if difficulty[i] > tau else modes.fast.tokens[i] for i in range(n)]
         assert sweep.accuracy[k] == pytest.approx(np.mean(right))
         assert sweep.mean_tokens[k] == pytest.approx(np.mean(tokens))
+        assert modes.one_step(difficulty, tau).right.tolist() == right
 
 
 def test_random_share_is_the_exact_expectation() -> None:
@@ -267,6 +268,17 @@ def test_random_needs_nearly_all_tokens_for_nearly_all_accuracy() -> None:
     found = at_equal_accuracy(modes.random(), modes, Resamples(3000, 50), points=gap / 4).tokens
     expected = modes.fast.mean_tokens + 0.75 * (modes.slow.mean_tokens - modes.fast.mean_tokens)
     assert found.value == pytest.approx(expected)
+
+
+def test_equal_accuracy_is_that_of_always_slow_whatever_the_sweep_ends_in() -> None:
+    modes = random_modes(500, 11)
+    for outcome in (modes.oracle(), modes.chosen(np.full(500, 0.2))):
+        found = at_equal_accuracy(Sweep.of([outcome]), modes, Resamples(500, 50), points=1.0).tokens.value
+        y, t = (
+            np.array([[getattr(o, key) for o in (modes.fast, outcome, modes.slow)]])
+            for key in ("accuracy", "mean_tokens")
+        )
+        assert found == pytest.approx(tokens_at(np.array([modes.slow.accuracy - 0.01]), y, t)[0])
 
 
 def test_without_a_gap_there_is_no_figure_and_no_nan() -> None:
