@@ -2,7 +2,7 @@
 
 Parsing and comparing run sympy, which can take forever or all memory on a short input, and within which no signal
 and no thread is sure to be heard. So a worker process does it: it has a limit on memory and on processor time, and
-the checker stops it after ``time_limit`` seconds whatever it does.
+the checker stops it after some seconds by the clock whatever it does.
 """
 
 from __future__ import annotations
@@ -23,7 +23,9 @@ from kvroute.checkers import CheckResult
 from kvroute.errors import InvalidInputError, KVRouteError, MissingExtraError
 
 TIME_LIMIT = 5.0
-"""Seconds for one answer."""
+"""Seconds of processor time for one answer, so that a busy machine changes no result."""
+_PATIENCE = 4
+"""By the clock, how many times as long a worker may take before it is stopped from outside."""
 _START_LIMIT = 120.0
 """Seconds for the worker to import sympy, on a busy machine."""
 _MAX_ANSWER = 2000
@@ -36,7 +38,8 @@ class LatexChecker:
     """Compares mathematical answers. One at a time; threads wait for each other.
 
     Args:
-        time_limit: seconds for one answer; after that it is unreadable and wrong.
+        time_limit: seconds of processor time for one answer, in whole seconds rounded up; after that, or after four
+            times as long by the clock, it is unreadable and wrong.
 
     Raises:
         MissingExtraError: math-verify is not installed.
@@ -85,7 +88,7 @@ class LatexChecker:
             try:
                 worker.stdin.write(json.dumps(request | {"seconds": self.time_limit}) + "\n")
                 worker.stdin.flush()
-                line = self._lines.get(timeout=self.time_limit)
+                line = self._lines.get(timeout=_PATIENCE * self.time_limit)
                 if line is not None:
                     reply: dict[str, Any] = json.loads(line)
                     return reply

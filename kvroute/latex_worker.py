@@ -5,12 +5,10 @@ from __future__ import annotations
 import importlib
 import json
 import logging
+import math
 import sys
 
 _MEMORY = 2 << 30
-_SPARE = 2.0
-"""Seconds of processor time past the limit: the checker's own clock comes first, and this one ends a worker whose
-checker is gone."""
 
 
 def main() -> None:
@@ -26,7 +24,7 @@ def main() -> None:
     out.flush()
     for line in sys.stdin:
         request = json.loads(line)
-        _limit_time(request["seconds"] + _SPARE)
+        _limit_time(request["seconds"])
         same = read = False
         try:
             # In prose math-verify looks for the expression itself; a formula is parsed as a whole.
@@ -50,13 +48,14 @@ def _limit_memory() -> None:
 
 
 def _limit_time(seconds: float) -> None:
+    """The system kills this process when its processor time is spent, also one whose checker is gone."""
     try:
         import resource
     except ImportError:
         return
     used = resource.getrusage(resource.RUSAGE_SELF)
     _, hard = resource.getrlimit(resource.RLIMIT_CPU)
-    resource.setrlimit(resource.RLIMIT_CPU, (int(used.ru_utime + used.ru_stime + seconds) + 1, hard))
+    resource.setrlimit(resource.RLIMIT_CPU, (math.ceil(used.ru_utime + used.ru_stime + seconds), hard))
 
 
 if __name__ == "__main__":

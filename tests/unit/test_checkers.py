@@ -372,7 +372,7 @@ def test_a_formula_that_takes_forever_is_stopped_and_the_next_one_is_read() -> N
     for endless in (r"\boxed{9^{9^{9^{9}}}}", r"\boxed{100000000!}"):
         began = time.perf_counter()
         assert checker(endless, "5") == CheckResult.unreadable()
-        assert time.perf_counter() - began < 5
+        assert time.perf_counter() - began < 60  # it has to start anew within, on a machine that may be busy
     assert checker(r"\boxed{\frac{2}{4}}", "0.5").correct
     checker.close()
     assert checker(r"\boxed{\frac{2}{4}}", "0.5").correct  # starts anew

@@ -181,6 +181,17 @@ def test_equal_questions_are_answered_once(tiny_engine: TransformersEngine) -> N
     assert [r.label for r in rows] == [0.0] * 3
 
 
+def test_progress_says_what_is_left(tiny_engine: TransformersEngine, capsys: pytest.CaptureFixture[str]) -> None:
+    engine = Scripted(tiny_engine, lambda text: "7" if is_fast(text) else "x</think>7")
+    list(label_questions(engine, [ask(str(i)) for i in range(4)], thinking=THINK, chunk=1, progress=True))
+    bar = capsys.readouterr().err
+    assert "Labelling" in bar
+    assert "4/4" in bar
+    assert ":00" in bar  # time that is left
+    list(label_questions(engine, [ask("a")], thinking=THINK, progress=False))
+    assert capsys.readouterr().err == ""
+
+
 # ---------------------------------------------------------------------- failing rows
 
 
