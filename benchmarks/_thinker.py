@@ -1,0 +1,62 @@
+"""The tiny thinker and its labelled questions, for the scripts that need them; labels are kept in .cache."""
+
+from __future__ import annotations
+
+import hashlib
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from kvroute import TransformersEngine
+from kvroute.label_rows import LabelMeta, LabelRow, Part, read_labels, write_meta
+from kvroute.labelling import Labeller, Question, read_questions
+from kvroute.rows import PartialRun
+
+ROOT = Path(__file__).parents[1]
+FOLDER = ROOT / "examples" / "tiny_thinker"
+CACHE = ROOT / ".cache" / "thinker"
+MAX_TOKENS = {"fast": 48, "slow": 192}
+"""More than any of its answers has."""
+_CHUNK = 512
+
+
+def engine(folder: str | Path | None = None) -> TransformersEngine:
+    """The tiny thinker, with batches that suit its size."""
+    return TransformersEngine.from_pretrained(str(folder or FOLDER / "model"), dtype="float32", token_budget=8192)
+
+
+def questions(n: int, seed: int) -> list[Question]:
+    """Different questions, none of which the model was trained on (that draws its own as it goes)."""
+    if str(FOLDER) not in sys.path:
+        sys.path.insert(0, str(FOLDER))
+    from questions import make_questions
+
+    return read_questions(list(enumerate(make_questions(n, seed), 1)), "the questions")
+
+
+def labelled(
+    thinker: TransformersEngine,
+    asked: Sequence[Question],
+    shares: dict[Part, float],
+    *,
+    checkpoints: int | None,
+    parts: Sequence[Part],
+) -> tuple[list[LabelRow], LabelMeta]:
+    """Labels of the questions that fall into some parts; read from the cache where they were made before."""
+    from kvroute.skeletons import part_of, skeleton_digest
+
+    labeller = Labeller(thinker, max_tokens=MAX_TOKENS, checkpoints=checkpoints, shares=shares)
+    kept = [q for q in asked if part_of(skeleton_digest(q.question), shares) in parts]
+    meta = labeller.meta(kept)
+    name = hashlib.sha256(meta.model_dump_json().encode()).hexdigest()[:16]
+    path = CACHE / f"{name}.jsonl"
+    if not path.exists():
+        identity = {"meta": meta.model_dump(mode="json")}
+        with PartialRun(path, identity, len(kept), chunk=_CHUNK, force=True) as run:
+            for start, stop in run.missing:
+                rows = labeller.label(kept[start:stop])
+                run.write(start, "".join(r.model_dump_json() + "\n" for r in rows).encode())
+                print(f"labelled {stop} of {len(kept)}", file=sys.stderr)
+            write_meta(path, meta)
+            run.finish()
+    return read_labels(path)

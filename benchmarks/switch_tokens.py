@@ -1,0 +1,99 @@
+"""Tokens computed by switching in flight / by switching after the fact, on the tiny thinker.
+
+Answers of a two-step router that switched are compared with what a caller does who can't continue the cache: the first
+request is stopped where the switch was, then prompt, text so far and phrase are prefilled again and the answer is
+written. Both sides are run; they must write the same tokens.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import numpy as np
+
+import _thinker
+from _harness import Figure, add_common_arguments, figure_table, finish, judge
+from kvroute import Decision, Policy, Router, SamplingOptions, TransformersEngine
+from kvroute.generation import TokenIds
+from kvroute.heads import DifficultyHead
+from kvroute.heads.search import SearchOptions
+from kvroute.heads.training import train_head
+from kvroute.label_rows import Part
+
+
+def train(thinker: TransformersEngine, count: int, seed: int) -> DifficultyHead:
+    """A head for prompts and mid-thought from labelled questions."""
+    shares: dict[Part, float] = {"train": 0.7, "validation": 0.3, "calibration": 0.0, "test": 0.0}
+    asked = _thinker.questions(count, seed + 2)
+    rows, meta = _thinker.labelled(thinker, asked, shares, checkpoints=5, parts=("train", "validation"))
+    return train_head(thinker, rows, meta, search=SearchOptions.quick(), kinds=("ridge",), seed=seed, progress=False)[0]
+
+
+def before_switch(decision: Decision) -> int:
+    """Tokens written before the phrase was put in."""
+    assert decision.switch is not None
+    return decision.switch.token
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_common_arguments(parser)
+    parser.add_argument("--thinker", type=Path, help="folder of the model, by default the one in examples")
+    arguments = parser.parse_args()
+    thinker = _thinker.engine(arguments.thinker)
+    head = train(thinker, 500 if arguments.quick else 2000, arguments.seed)
+    options = SamplingOptions(max_tokens=_thinker.MAX_TOKENS["slow"])
+    policy = Policy(kind="two-step", tau=30.0, tau_fast=10.0, tau_slow=60.0, every=5)
+    router = Router(thinker, policy, head=head, options=options)
+    asked = _thinker.questions(200 if arguments.quick else 1000, arguments.seed + 3)
+    routed = router.generate([[{"role": "user", "content": q.question}] for q in asked], progress=False)
+    figures: dict[str, Figure] = {}
+    shown = {"fast": "closed_thoughts", "slow": "opened_thoughts"}
+    for to in ("all", "fast", "slow"):
+        switched = [r for r in routed if r.decision.switch is not None and to in ("all", r.decision.switch.to)]
+        if len(switched) < 5:
+            print(f"only {len(switched)} answers were switched to {to}: no figure")
+            continue
+        again = thinker.generate(
+            [
+                TokenIds(tuple(r.generation.prompt_token_ids + r.generation.token_ids[: _kept(r.decision)]))
+                for r in switched
+            ],
+            options=options,
+            progress=False,
+        )
+        flight, after = [], []
+        for one, two in zip(switched, again, strict=True):
+            assert two.token_ids == one.generation.token_ids[_kept(one.decision) :], "both must write the same tokens"
+            flight.append(one.usage.computed)
+            # The first request ran its prompt and all it wrote but the last token.
+            after.append(
+                one.usage.prompt + before_switch(one.decision) - 1 + two.usage.prompt + two.usage.generated - 1
+            )
+        ratio = np.array([flight, after], dtype=float)
+        rng = np.random.default_rng(arguments.seed)
+        drawn = ratio[:, rng.integers(0, len(flight), (2000, len(flight)))].sum(axis=2)
+        low, high = np.quantile(drawn[0] / drawn[1], [0.025, 0.975])
+        value = float(ratio[0].sum() / ratio[1].sum())
+        must = "<= 0.6" if to == "all" else None
+        name = "switch_tokens_ratio" if to == "all" else f"switch_tokens_ratio_{shown[to]}"
+        figures[name] = Figure(value, float(low), float(high), must, judge(float(low), float(high), must), len(flight))
+    print(figure_table(figures))
+    finish(
+        arguments,
+        name="switch_tokens",
+        figures=figures,
+        n={"questions": len(asked), "switched": sum(r.decision.switch is not None for r in routed)},
+        baseline="stop, prefill prompt, text and phrase again, write on",
+    )
+
+
+def _kept(decision: Decision) -> int:
+    """Tokens written, the phrase included, behind which the answer goes on."""
+    assert decision.switch is not None
+    return decision.switch.token + decision.switch.forced
+
+
+if __name__ == "__main__":
+    main()
