@@ -31,8 +31,10 @@ from kvroute.errors import (
 if TYPE_CHECKING:
     from kvroute.calibration import ConfidenceCalibrator
     from kvroute.candidates import Baseline, Candidate, one_step_candidate, run_candidate, threshold_grid
+    from kvroute.cascade import Cascade, Cascaded
     from kvroute.chains import ChainScores, ChainSpec, ChainState, chain_scores
     from kvroute.checkers import CheckResult
+    from kvroute.conversation import Conversation
     from kvroute.decisions import Decision, Routed, RoutedChunk, Switch
     from kvroute.drift import DriftHealth, DriftMonitor
     from kvroute.embedder import KVEmbedder
@@ -68,6 +70,7 @@ if TYPE_CHECKING:
     from kvroute.self_evaluation import SelfEvaluator
     from kvroute.thinking import ThinkingMode
     from kvroute.token_weights import FrequencyTable
+    from kvroute.voting import Sample, Voted
     from kvroute_kernels import KVView
 
 _LAZY = {
@@ -78,12 +81,15 @@ _LAZY = {
     "Baseline": "kvroute.candidates",
     "CancelToken": "kvroute.generation",
     "Candidate": "kvroute.candidates",
+    "Cascade": "kvroute.cascade",
+    "Cascaded": "kvroute.cascade",
     "Certificate": "kvroute.guarantee",
     "ChainScores": "kvroute.chains",
     "ChainSpec": "kvroute.chains",
     "ChainState": "kvroute.chains",
     "CheckResult": "kvroute.checkers",
     "ConfidenceCalibrator": "kvroute.calibration",
+    "Conversation": "kvroute.conversation",
     "Decision": "kvroute.decisions",
     "DifficultyHead": "kvroute.heads.head",
     "DriftHealth": "kvroute.drift",
@@ -110,6 +116,7 @@ _LAZY = {
     "Router": "kvroute.router",
     "RoutingReport": "kvroute.routing_report",
     "SCORES": "kvroute.scores",
+    "Sample": "kvroute.voting",
     "SamplingOptions": "kvroute.generation",
     "Score": "kvroute.scores",
     "ScoreInfo": "kvroute.scores",
@@ -122,6 +129,7 @@ _LAZY = {
     "TrainingReport": "kvroute.heads.training",
     "TransformersEngine": "kvroute.engines.transformers_engine",
     "Usage": "kvroute.generation",
+    "Voted": "kvroute.voting",
     "certify": "kvroute.guarantee",
     "chain_scores": "kvroute.chains",
     "evaluate_head": "kvroute.routing_evaluation",
@@ -129,10 +137,10 @@ _LAZY = {
     "one_step_candidate": "kvroute.candidates",
     "order_candidates": "kvroute.guarantee",
     "pool": "kvroute.pooling",
-    "train_head": "kvroute.heads.training",
     "read_labels": "kvroute.label_rows",
     "run_candidate": "kvroute.candidates",
     "threshold_grid": "kvroute.candidates",
+    "train_head": "kvroute.heads.training",
 }
 
 __all__ = [
@@ -146,6 +154,8 @@ __all__ = [
     "CalibrationError",
     "CancelToken",
     "Candidate",
+    "Cascade",
+    "Cascaded",
     "Certificate",
     "ChainScores",
     "ChainSpec",
@@ -153,6 +163,7 @@ __all__ = [
     "ChatTemplateError",
     "CheckResult",
     "ConfidenceCalibrator",
+    "Conversation",
     "Decision",
     "DifficultyHead",
     "DriftHealth",
@@ -186,6 +197,7 @@ __all__ = [
     "RoutedChunk",
     "Router",
     "RoutingReport",
+    "Sample",
     "SamplingOptions",
     "Score",
     "ScoreInfo",
@@ -201,6 +213,7 @@ __all__ = [
     "TransformersEngine",
     "UnsupportedModelError",
     "Usage",
+    "Voted",
     "WindowedLayerError",
     "__version__",
     "certify",

@@ -8,26 +8,28 @@ import logging
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Protocol, Self, overload
+from typing import TYPE_CHECKING, Any, Literal, Protocol, Self, cast, get_args, overload
 
 import numpy as np
 
 from kvroute.decisions import Decision, Routed, RoutedChunk
 from kvroute.engines.threads import in_thread
 from kvroute.errors import InvalidInputError
-from kvroute.features import AnswerPooling
+from kvroute.features import AnswerPooling, named_features
 from kvroute.generation import CancelToken, Generation, Message, Prompt, SamplingOptions, TokenIds, as_prompts
 from kvroute.heads.head import DifficultyHead
-from kvroute.policy import Policy, policy_path
-from kvroute.route_steering import Request, RouteSteer, fault_text
+from kvroute.policy import Policy, PolicyKind, policy_path
+from kvroute.route_steering import ClosingMark, Request, RouteSteer, fault_text, finite
 from kvroute.thinking import Mode, ThinkingMode
 
 if TYPE_CHECKING:
     from kvroute.drift import DriftHealth, DriftMonitor
     from kvroute.engines.transformers_engine import TransformersEngine
+    from kvroute.heads.neighbours import Neighbour
+    from kvroute.voting import Voted
 
 logger = logging.getLogger(__name__)
 
@@ -119,8 +121,7 @@ class Router:
         self.thinking = thinking or ThinkingMode.of(engine)
         self.options = options
         self.phrases: dict[Mode, list[int]] = {m: self.thinking.phrase(engine, m) for m in ("fast", "slow")}
-        close = self.thinking.close
-        self.close_ids = engine.tokenize_texts([close], special_tokens=False)[0] if close else []
+        self.closing = ClosingMark(engine, self.thinking.close)
         self.counts: Counter[str] = Counter()
         self._recent: deque[float] = deque(maxlen=policy.window)
         self._recent_slow: deque[bool] = deque(maxlen=policy.window)
@@ -137,7 +138,13 @@ class Router:
     # ------------------------------------------------------------------ deciding
 
     def decide(
-        self, prompt: Prompt, *, mode: str | None = None, explain: bool = False, last: str | None = None
+        self,
+        prompt: Prompt,
+        *,
+        mode: str | None = None,
+        explain: bool = False,
+        last: str | None = None,
+        template: Mapping[str, Any] | None = None,
     ) -> Decision:
         """The choice alone: one prefill, which is left behind the deepest layer that the head reads.
 
@@ -146,8 +153,12 @@ class Router:
             mode: demand this one.
             explain: name the nearest labelled questions too.
             last: the mode of the conversation's last turn: it is left only beyond the policy's margin.
+            template: further variables of the chat template, such as ``tools``.
+
+        Raises:
+            EmptyTextError, TextTooLongError, ChatTemplateError, InvalidInputError: before anything runs.
         """
-        return self.decide_many([prompt], mode=mode, explain=explain, last=last)[0]
+        return self.decide_many([prompt], mode=mode, explain=explain, last=last, template=template)[0]
 
     def decide_many(
         self,
@@ -156,50 +167,118 @@ class Router:
         mode: str | Sequence[str | None] | None = None,
         explain: bool = False,
         last: str | None = None,
+        template: Mapping[str, Any] | None = None,
     ) -> list[Decision]:
         """:meth:`decide` for many."""
-        requests = self._requests(list(prompts), mode, last)
-        vectors, fault = None, None
+        requests = self._requests(list(prompts), mode, last, template)
+        bases = [r.layout.base for r in requests]
+        self.engine.check_lengths(bases)
+        vectors: list[Vectors | None] | None = None
+        faults: list[str | None] = []
         began = time.perf_counter()
-        if self.policy.reads_difficulty and self.head is not None and requests:
-            try:
-                vectors = self.engine.pool([r.layout.base for r in requests], [self.head.spec], progress=False)[0]
-            except Exception as error:  # noqa: BLE001 - a choice is owed in any case
-                fault = self.note_fault("the prompts' features", error)
-        self.choose(requests, vectors, fault=fault, explain=explain, began=began)
+        head = self.head
+        if self.policy.reads_difficulty and head is not None and requests:
+            vectors, faults = self.each(
+                "a prompt's features",
+                len(bases),
+                lambda rows: self.engine.pool([bases[i] for i in rows], [head.spec], progress=False)[0],
+            )
+        self.choose(requests, vectors, faults=faults, explain=explain, began=began)
         return [r.decision for r in requests]
 
     async def adecide(self, prompt: Prompt, **kwargs: Any) -> Decision:
         """:meth:`decide` in a thread."""
         return await asyncio.to_thread(lambda: self.decide(prompt, **kwargs))
 
-    def choose(
-        self, requests: Sequence[Request], vectors: Vectors | None, *, fault: str | None, explain: bool, began: float
-    ) -> None:
-        """Fill in the decisions of requests from their prompts' pooled vectors, ``[n, dim]`` or None."""
-        difficulties: np.ndarray[Any, Any] | None = None
-        probabilities: np.ndarray[Any, Any] | None = None
-        if vectors is not None and self.head is not None:
+    def each(
+        self, what: str, count: int, work: Callable[[list[int]], Any], *, then: str | None = None
+    ) -> tuple[list[Any], list[str | None]]:
+        """What ``work`` gives for each of some rows: for all at once or, where that fails, for each alone.
+
+        So a fault stays with its row; it is counted and logged.
+
+        Returns:
+            by row the result or None, and the fault in words or None.
+        """
+        rows = list(range(count))
+        try:
+            return _one_each(work(rows), count), [None] * count
+        except Exception as error:  # noqa: BLE001 - an answer is worth more than a decision
+            if count == 1:
+                return [None], [self.note_fault(what, error, then=then)]
+        found: list[Any] = [None] * count
+        faults: list[str | None] = [None] * count
+        last: Exception | None = None
+        for i in rows:
             try:
-                difficulties = self.head.predict(vectors)
-                probabilities = self.head.probability(difficulties)
-            except Exception as error:  # noqa: BLE001 - an answer is worth more than a decision
-                fault = self.note_fault("the head", error)
-                difficulties = None
-        self._watch(difficulties, vectors)
+                found[i] = _one_each(work([i]), 1)[0]
+            except Exception as error:  # noqa: BLE001
+                faults[i], last = fault_text(error), error
+        if last is not None:
+            self.note_fault(what, last, then=then, count=sum(f is not None for f in faults))
+        return found, faults
+
+    def choose(
+        self,
+        requests: Sequence[Request],
+        vectors: Sequence[Vectors | None] | None,
+        *,
+        faults: Sequence[str | None] = (),
+        explain: bool,
+        began: float,
+    ) -> None:
+        """Fill in the decisions of requests.
+
+        Args:
+            requests: those to decide.
+            vectors: by request its prompt's pooled vector ``[dim]``, or None where there is none; None altogether where
+                the policy reads no difficulty.
+            faults: by request why it has no vector.
+            explain: name the nearest labelled questions.
+            began: when the work on them did.
+        """
+        difficulties: list[float | None] = [None] * len(requests)
+        probabilities: list[float | None] = [None] * len(requests)
+        nearest: list[list[Neighbour] | None] = [None] * len(requests)
+        reasons = [*faults] or [None] * len(requests)
+        head = self.head
+        if vectors is not None and head is not None:
+            there = [i for i, v in enumerate(vectors) if v is not None]
+            x = np.stack([v for v in vectors if v is not None]) if there else np.empty((0, 0), dtype=np.float32)
+            if there:
+                read, wrong = self.each("the head", len(there), lambda rows: finite(head.predict(x[rows])))
+                for i, difficulty, reason in zip(there, read, wrong, strict=True):
+                    difficulties[i], reasons[i] = None if difficulty is None else float(difficulty), reason
+                self._watch([(d, x[n]) for n, d in enumerate(read) if d is not None])
+            good = [n for n, i in enumerate(there) if difficulties[i] is not None]
+            if good:
+                values = np.array([difficulties[there[n]] for n in good])
+                right, _ = self.each(
+                    "the probability of a difficulty",
+                    len(good),
+                    lambda rows: finite(head.probability(values[rows])),
+                    then="the decision has none",
+                )
+                near: list[Any] = [None] * len(good)
+                if explain:
+                    near, _ = self.each(
+                        "the nearest questions",
+                        len(good),
+                        lambda rows: head.nearest(x[[good[n] for n in rows]]),
+                        then="the decision names none",
+                    )
+                for n, p, k in zip(good, right, near, strict=True):
+                    probabilities[there[n]], nearest[there[n]] = None if p is None else float(p), k
         for i, request in enumerate(requests):
-            difficulty = None if difficulties is None else float(difficulties[i])
-            decision = self._decide(request, difficulty, fault)
-            if probabilities is not None and difficulty is not None:
-                decision.probability = float(probabilities[i])
-            if explain and vectors is not None and self.head is not None and difficulty is not None:
-                decision.nearest = self.head.nearest(vectors[i : i + 1])[0]
-            request.decision = decision
+            request.decision = self._decide(request, difficulties[i], reasons[i])
+            request.decision.probability = probabilities[i]
+            request.decision.nearest = nearest[i] or []
         seconds = (time.perf_counter() - began) / max(len(requests), 1)
         for request in requests:
             request.decision.seconds = seconds
-            self.counts[f"mode:{request.decision.mode}"] += 1
-            if self.policy.shadow:
+            with self._lock:
+                self.counts[f"mode:{request.decision.mode}"] += 1
+            if request.decision.why == "shadow":
                 d = request.decision
                 logger.info("shadow: %s would be taken at difficulty %s", d.proposed, d.difficulty)
 
@@ -225,10 +304,8 @@ class Router:
         else:
             decision.mode, decision.threshold = policy.target_of(difficulty)
             decision.why = "difficulty"
-            if request.last is not None and request.last != decision.mode and policy.margin > 0:
-                low, high = (policy.target_of(difficulty + sign * policy.margin)[0] for sign in (-1, 1))
-                if request.last in (low, high):
-                    decision.mode, decision.why = request.last, "margin"
+            if request.last not in (None, decision.mode) and request.last in policy.targets_near(difficulty):
+                decision.mode, decision.why = request.last, "margin"
         if policy.shadow:
             decision.proposed, decision.mode, decision.why = decision.mode, policy.fallback, "shadow"
         return decision
@@ -241,9 +318,8 @@ class Router:
             threshold = float(np.quantile(np.array(self._recent), 1 - policy.share))
             seen = len(self._recent)
             older = list(self._recent_slow)[-(policy.window - 1) :] if policy.window > 1 else []
-            slow = difficulty > threshold or (policy.share == 1 and difficulty >= threshold)
-            if slow and sum(older) + 1 > np.ceil(policy.share * seen):
-                slow = False
+            # Many may have the same difficulty: those at the threshold count, as far as the share goes.
+            slow = difficulty >= threshold and sum(older) + 1 <= np.ceil(policy.share * seen)
             self._recent_slow.append(slow)
         return ("slow" if slow else "fast"), threshold
 
@@ -291,19 +367,19 @@ class Router:
         """
         listed, single = as_prompts(prompts)
         requests = self._requests(listed, mode, last, template)
+        chosen = self._options(options, sampling)
         written = self.engine.generate(
             [TokenIds(tuple(r.layout.base)) for r in requests],
             features=self._features(features),
-            options=self._options(options, sampling),
+            options=chosen,
             prefix=prefix,
             keep_cache=keep_cache,
             steer=RouteSteer(self, requests, explain=explain),
             cancel=cancel,
             progress=False if single else progress,
         )
-        chosen = self._options(options, sampling)
         routed = [
-            self._routed(r, g) if r.decision.mode in ("fast", "slow") else self._elsewhere(r, p, chosen)
+            self._elsewhere(r, p, chosen, cancel) if r.decision.mode in self.targets else self._routed(r, g)
             for r, g, p in zip(requests, written, listed, strict=True)
         ]
         return routed[0] if single else routed
@@ -329,48 +405,52 @@ class Router:
         """
         listed, _ = as_prompts(prompts)
         requests = self._requests(listed, mode, last, template)
+        chosen = self._options(options, sampling)
         chunks = self.engine.stream(
             [TokenIds(tuple(r.layout.base)) for r in requests],
             features=self._features(features),
-            options=self._options(options, sampling),
+            options=chosen,
             prefix=prefix,
             keep_cache=keep_cache,
             steer=RouteSteer(self, requests, explain=explain),
             cancel=cancel,
         )
-        return self._pieces(chunks, requests, listed, self._options(options, sampling))
+        return self._pieces(chunks, requests, listed, chosen, cancel)
 
     def _pieces(
-        self, chunks: Iterator[Any], requests: list[Request], prompts: list[Prompt], options: SamplingOptions
+        self,
+        chunks: Iterator[Any],
+        requests: list[Request],
+        prompts: list[Prompt],
+        options: SamplingOptions,
+        cancel: CancelToken | None,
     ) -> Iterator[RoutedChunk]:
         count = [0] * len(requests)
-        closing: list[list[int]] = [[] for _ in requests]
-        thinking = [False] * len(requests)
+        tail: list[list[int]] = [[] for _ in requests]
+        thinking: list[bool | None] = [None] * len(requests)
         for chunk in chunks:
-            i = chunk.index
+            i, token = chunk.index, chunk.token_id
             request = requests[i]
-            switch = request.decision.switch
-            if count[i] == 0:
-                thinking[i] = request.decision.mode == "slow" and bool(self.close_ids)
-            forced = False
-            if switch is not None and switch.forced:
-                forced = switch.token <= count[i] < switch.token + switch.forced
-                if count[i] == switch.token and switch.to == "slow":
-                    thinking[i], closing[i] = bool(self.close_ids), []
-            phase: Literal["thought", "answer"] = "thought" if thinking[i] else "answer"
-            if chunk.token_id is not None:
-                count[i] += 1
-                closing[i] = [*closing[i], chunk.token_id][-len(self.close_ids) or None :]
-                if thinking[i] and closing[i] == self.close_ids:
-                    thinking[i] = False
-            routed = None
-            if request.decision.mode not in ("fast", "slow"):
-                routed = self._elsewhere(request, prompts[i], options)
+            if request.decision.mode in self.targets:
+                routed = self._elsewhere(request, prompts[i], options, cancel)
                 yield RoutedChunk(i, routed.text, None, "answer", False, routed)
                 continue
-            if chunk.generation is not None:
-                routed = self._routed(request, chunk.generation)
-            yield RoutedChunk(i, chunk.text, chunk.token_id, phase, forced, routed)
+            if thinking[i] is None:
+                thinking[i] = request.decision.mode == "slow" and self.closing.exists
+            switch = request.decision.switch
+            forced = False
+            if switch is not None and token is not None:
+                forced = switch.token <= count[i] < switch.token + switch.forced
+                if forced and count[i] == switch.token and switch.to == "slow":
+                    thinking[i], tail[i] = self.closing.exists, []
+            phase: Literal["thought", "answer"] = "thought" if thinking[i] else "answer"
+            if token is not None:
+                count[i] += 1
+                tail[i] = [*tail[i], token][-self.closing.width :]
+                if thinking[i] and self.closing.ends(tail[i]):
+                    thinking[i] = False
+            whole = None if chunk.generation is None else self._routed(request, chunk.generation)
+            yield RoutedChunk(i, chunk.text, token, phase, forced, whole)
 
     async def agenerate(self, prompts: Any, **kwargs: Any) -> Routed | list[Routed]:
         """:meth:`generate` in a thread. Cancelling the task ends the work."""
@@ -390,37 +470,76 @@ class Router:
         async for chunk in in_thread(self.stream(prompts, cancel=cancel, **kwargs), cancel):
             yield chunk
 
+    @overload
+    def best_of(self, prompts: str | TokenIds, n: int = 5, **options: Any) -> Voted: ...
+    @overload
+    def best_of(self, prompts: Sequence[Message], n: int = 5, **options: Any) -> Voted: ...
+    @overload
+    def best_of(self, prompts: Sequence[Prompt], n: int = 5, **options: Any) -> list[Voted]: ...
+    def best_of(self, prompts: Any, n: int = 5, **options: Any) -> Voted | list[Voted]:
+        """Answer n times out of one prefill, and let the answers vote: see :func:`kvroute.voting.best_of`."""
+        from kvroute.voting import best_of
+
+        return best_of(self, prompts, n, **options)
+
+    async def abest_of(self, prompts: Any, n: int = 5, **options: Any) -> Voted | list[Voted]:
+        """:meth:`best_of` in a thread. Cancelling the task ends the work."""
+        cancel = CancelToken(options.pop("cancel", None))
+        try:
+            found: Voted | list[Voted] = await asyncio.to_thread(
+                lambda: self.best_of(prompts, n, cancel=cancel, **options)
+            )
+        except asyncio.CancelledError:
+            cancel.cancel()
+            raise
+        return found
+
     # ------------------------------------------------------------------ account
 
     def health(self) -> dict[str, Any]:
         """Counts of modes, switches and faults, and what the drift monitor says (None without one)."""
         report: DriftHealth | None = None if self.drift is None else self.drift.health()
+        with self._lock:
+            counts = dict(self.counts)
         return {
-            "counts": dict(self.counts),
-            "faults": self.counts["faults"],
+            "counts": counts,
+            "faults": counts.get("faults", 0),
             "drift": None if report is None else report.model_dump(mode="json"),
         }
 
-    def note_fault(self, what: str, error: Exception) -> str:
-        """Count a fault and log it in one line; returns it in words."""
+    def note_fault(self, what: str, error: Exception, *, then: str | None = None, count: int = 1) -> str:
+        """Count a fault and log it in one line; returns it in words.
+
+        Args:
+            what: what could not be read.
+            error: why.
+            then: what is done about it; by default the fallback is taken.
+            count: requests that it befell.
+        """
         text = fault_text(error)
         with self._lock:
-            self.counts["faults"] += 1
-        logger.warning("kvroute could not read %s (%s): %s thinking is used.", what, text, self.policy.fallback)
+            self.counts["faults"] += count
+        logger.warning(
+            "kvroute could not read %s%s (%s): %s.",
+            what,
+            f" of {count} requests" if count > 1 else "",
+            text,
+            then or f"{self.policy.fallback} thinking is used",
+        )
         return text
 
-    def note_switch(self) -> None:
-        """Count a switch."""
+    def note_switch(self, by: int = 1) -> None:
+        """Count a switch; or take it back, where its answer is written again."""
         with self._lock:
-            self.counts["switches"] += 1
+            self.counts["switches"] += by
 
-    def _watch(self, difficulties: Any, vectors: Vectors | None) -> None:
-        if self.drift is None or difficulties is None:
+    def _watch(self, seen: list[tuple[float, Vectors]]) -> None:
+        if self.drift is None or not seen:
             return
         try:
-            self.drift.update_many(difficulties, vectors)
+            self.drift.update_many(np.array([d for d, _ in seen]), np.stack([v for _, v in seen]))
         except Exception as error:  # noqa: BLE001 - watching must not cost an answer
-            self.note_fault("the drift reference", error)
+            self.note_fault("the drift reference", error, then="these requests are not watched")
 
     # ------------------------------------------------------------------ parts
 
@@ -443,13 +562,7 @@ class Router:
     def _features(self, features: Any) -> Any:
         if self.confidence is None:
             return features
-        if features is None:
-            named: dict[str, Any] = {}
-        elif isinstance(features, Mapping):
-            named = dict(features)
-        else:
-            listed = [features] if isinstance(features, str) or not isinstance(features, Sequence) else list(features)
-            named = {f if isinstance(f, str) else f"feature {i}": f for i, f in enumerate(listed)}
+        named = named_features(features)
         return {**named, _CONFIDENCE: AnswerPooling(self.confidence.spec)}
 
     def _options(self, options: SamplingOptions | None, sampling: dict[str, Any]) -> SamplingOptions:
@@ -464,30 +577,35 @@ class Router:
             return SamplingOptions(**{**base, **sampling})
         return self.options or SamplingOptions()
 
-    def _elsewhere(self, request: Request, prompt: Prompt, options: SamplingOptions) -> Routed:
+    def _elsewhere(
+        self, request: Request, prompt: Prompt, options: SamplingOptions, cancel: CancelToken | None
+    ) -> Routed:
         """The answer of another target."""
-        found = self.targets[request.decision.mode].generate(prompt, options=options)
-        generation = _as_generation(found)
-        if isinstance(found, Routed):
-            return replace(found, decision=request.decision)
-        return Routed(
-            generation.text, "", generation.text, request.decision, generation, None, "another model wrote the answer"
-        )
+        more = {} if cancel is None else {"cancel": cancel}
+        found = self.targets[request.decision.mode].generate(prompt, options=options, **more)
+        return _from_target(found, request.decision)
+
+    def _ask_target(self, request: Request, prompts: Sequence[Prompt], options: SamplingOptions) -> list[Routed]:
+        """Another target's answers to many prompts, which share a decision."""
+        found = self.targets[request.decision.mode].generate(list(prompts), options=options)
+        return [_from_target(one, request.decision) for one in found]
 
     def _routed(self, request: Request, generation: Generation) -> Routed:
+        if not request.decision.mode:
+            undecided = "The work was cancelled before it was decided."
+            request.decision = Decision(self.policy.fallback, why="fault", policy=self.policy.kind, fault=undecided)
         decision = request.decision
-        confidence, reason = None, None if self.confidence else "no confidence head was given"
+        confidence: float | None = None
+        reason: str | None = None if self.confidence else "no confidence head was given"
         if self.confidence is not None:
-            features = dict(generation.features)
-            vector = features.pop(_CONFIDENCE, None)
-            if vector is None:
-                reason = generation.feature_errors.get(_CONFIDENCE, "the answer has no features")
-            else:
+            features, errors = dict(generation.features), dict(generation.feature_errors)
+            vector, reason = features.pop(_CONFIDENCE, None), errors.pop(_CONFIDENCE, "the answer has no features")
+            if vector is not None:
                 try:
-                    confidence = float(self.confidence.predict(vector[None])[0])
+                    confidence, reason = float(finite(self.confidence.predict(vector[None]))[0]), None
                 except Exception as error:  # noqa: BLE001 - an answer is worth more than its confidence
-                    reason = self.note_fault("the confidence", error)
-            generation = replace(generation, features=features)
+                    reason = self.note_fault("an answer's confidence", error, then="it has none")
+            generation = replace(generation, features=features, feature_errors=errors)
         ended: Mode = "slow" if request.mode == "slow" and not request.closed else "fast"
         thought, answer = self.thinking.split(generation.text, mode=ended)
         return Routed(generation.text, thought, answer, decision, generation, confidence, reason)
@@ -501,12 +619,27 @@ def _as_generation(found: Any) -> Generation:
     raise InvalidInputError(f"A target answers with a Generation or a Routed, not {type(found).__name__}.")
 
 
+def _from_target(found: Any, decision: Decision) -> Routed:
+    """What another target answered, with the decision that sent the prompt there."""
+    generation = _as_generation(found)
+    if isinstance(found, Routed):
+        return replace(found, decision=decision)
+    return Routed(generation.text, "", generation.text, decision, generation, None, "another model wrote the answer")
+
+
 def _found(policy: str) -> tuple[Policy, Path | None]:
     """A policy by kind, by file or by name; and the folder of its file."""
-    if policy in ("fast", "slow"):
-        return Policy(kind="fast" if policy == "fast" else "slow"), None
+    if policy in get_args(PolicyKind):
+        return Policy(kind=cast(PolicyKind, policy)), None
     path = policy_path(policy)
     return Policy.load(path), path.parent
+
+
+def _one_each(found: Any, count: int) -> list[Any]:
+    listed = list(found)
+    if len(listed) != count:
+        raise InvalidInputError(f"{count} rows gave {len(listed)} results.")
+    return listed
 
 
 def _uniform(ids: Sequence[int], seed: int) -> float:
