@@ -6,7 +6,8 @@ that is picked is taken on the rest. Beside it two simulated hard cases, whose t
 the middle of the candidates on, all of them lose just more (or just less) than the promise.
 
 The pool: --labels FILE (what ``kvroute label`` wrote; its calibration and test rows, with --head), or questions that
-the tiny thinker of examples/tiny_thinker answers here, at first about 5 minutes of work, then kept in .cache.
+the tiny thinker of examples/tiny_thinker answers here, kept chunk by chunk in .cache, so that a run that was ended goes
+on.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ import numpy as np
 from _harness import Figure, add_common_arguments, exact, figure_table, finish, judge, table
 from kvroute.bounds import binomial_lower, binomial_upper
 from kvroute.candidates import Baseline, Candidate, one_step_grid
-from kvroute.files import read_tensors, write_tensors
+from kvroute.files import read_tensors, write_tensors, write_whole
 from kvroute.guarantee import AtMostLoss, certify
 
 if TYPE_CHECKING:
@@ -118,13 +119,13 @@ def from_labels(path: Path, head_folder: Path, model: str) -> tuple[Pool, list[P
 def from_thinker(arguments: argparse.Namespace) -> tuple[Pool, list[Pair]]:
     """Questions made, answered and kept in the cache; without --head a ridge head is trained on others first."""
     sys.path.insert(0, str(THINKER))
-    from questions import make_questions
-
     from kvroute import TransformersEngine
     from kvroute.heads import DifficultyHead
+    from kvroute.heads.search import SearchOptions
     from kvroute.heads.training import train_head
-    from kvroute.label_rows import usable
+    from kvroute.label_rows import LabelRow, usable
     from kvroute.labelling import Labeller, read_questions
+    from questions import make_questions
 
     engine = TransformersEngine.from_pretrained(str(arguments.thinker), dtype="float32")
     labeller = Labeller(engine, max_tokens=arguments.max_tokens)
@@ -138,12 +139,20 @@ def from_thinker(arguments: argparse.Namespace) -> tuple[Pool, list[Pair]]:
         for start in range(0, len(listed), _CHUNK):
             yield labeller.label(listed[start : start + _CHUNK])
 
-    learned = [row for chunk in label(made) for row in chunk]
+    facts = json.dumps([engine.info.fingerprint, arguments.seed, train_size, arguments.max_tokens])
+    learned = []
+    for number, start in enumerate(range(0, train_size, _CHUNK)):
+        path = arguments.cache / f"train-{hashlib.sha256(facts.encode()).hexdigest()[:16]}-{number}.jsonl"
+        if not path.exists():
+            rows = [row for chunk in label(made[start : start + _CHUNK]) for row in chunk]
+            write_whole(path, "".join(row.model_dump_json() + "\n" for row in rows).encode())
+        learned += [LabelRow.model_validate_json(line) for line in path.read_text().splitlines()]
     if arguments.head is not None:
         head = DifficultyHead.load(arguments.head, engine.info)
     else:
         meta = labeller.meta(read_questions(list(enumerate(made, 1)), "the questions"))
-        head, _ = train_head(engine, learned, meta, kinds=("ridge",), seed=arguments.seed, progress=False)
+        search = SearchOptions.quick(kinds=("ridge",), bare=False)
+        head, _ = train_head(engine, learned, meta, search=search, seed=arguments.seed, progress=False)
     validation = usable(learned, "validation")
     grid = one_step_grid(difficulties(engine, head, validation), validation)
     identity = [engine.info.fingerprint, head.data_hash, arguments.seed, head.kind, head.spec.to_json()]
@@ -267,8 +276,8 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--delta", type=float, default=0.1)
     arguments = parser.parse_args(argv)
     if arguments.quick:
-        arguments.pool_rows, arguments.train_rows, arguments.rows, arguments.splits = 2048, 600, 800, 25
-    arguments.max_tokens = {"fast": 96, "slow": 288}
+        arguments.pool_rows, arguments.train_rows, arguments.rows, arguments.splits = 800, 300, 400, 25
+    arguments.max_tokens = {"fast": 64, "slow": 192}
     if arguments.labels is not None and arguments.head is None:
         parser.error("--labels needs --head")
     return arguments
