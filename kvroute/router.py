@@ -585,9 +585,12 @@ class Router:
         found = self.targets[request.decision.mode].generate(prompt, options=options, **more)
         return _from_target(found, request.decision)
 
-    def _ask_target(self, request: Request, prompts: Sequence[Prompt], options: SamplingOptions) -> list[Routed]:
-        """Another target's answers to many prompts, which share a decision."""
-        found = self.targets[request.decision.mode].generate(list(prompts), options=options)
+    def _ask_target(
+        self, request: Request, prompts: Sequence[Prompt], options: SamplingOptions, cancel: CancelToken | None
+    ) -> list[Routed]:
+        """Another target's answers to prompts that share a decision."""
+        more = {} if cancel is None else {"cancel": cancel}
+        found = self.targets[request.decision.mode].generate(list(prompts), options=options, **more)
         return [_from_target(one, request.decision) for one in found]
 
     def _routed(self, request: Request, generation: Generation) -> Routed:

@@ -257,12 +257,12 @@ class _VoteSteering:
         if first:
             suffixes = dict(zip(first.values(), self.inner.begin(session, list(first.values())), strict=True))
         for r in suffixes:
-            self.polls[r].decision = self.inner.requests[r].decision
+            self.polls[r].decision = replace(self.inner.requests[r].decision, checkpoints=[])
         for r in rows:
             poll, request = self.polls[r], self.inner.requests[r]
             if r in suffixes or poll.decision is None:
                 continue
-            request.decision = replace(poll.decision, checkpoints=[], switch=None, seconds=0.0)
+            request.decision = replace(poll.decision, checkpoints=[], seconds=0.0)
             if poll.settled or poll.elsewhere:
                 session.end([r])
                 suffixes[r] = []
@@ -363,7 +363,7 @@ def best_of(
             over.cancel()
     for poll in polls:
         if poll.elsewhere:
-            found = router._ask_target(poll.requests[0], [poll.prompt] * n, chosen)
+            found = router._ask_target(poll.requests[0], [poll.prompt] * n, chosen, cancel)
             for index, routed in enumerate(found):
                 poll.usages.append(routed.usage)
                 poll.add(index, routed, read, weight(routed))
