@@ -57,28 +57,39 @@ class FeaturePlan:
         return not (self.pooled or self.chain or self.logits or self.length)
 
 
+def named_features(features: Features) -> dict[str, FeatureRequest]:
+    """What was asked for, by its names.
+
+    Raises:
+        SpecError: two have the same name, or neither names nor specs.
+    """
+    if features is None:
+        return {}
+    if isinstance(features, str | PoolingSpec | AnswerPooling | ChainSpec):
+        features = [features]
+    if isinstance(features, Mapping):
+        return dict(features)
+    if not isinstance(features, Sequence):
+        raise SpecError(f"features are names and specs, not {type(features).__name__}.", hint=_HINT)
+    named: dict[str, FeatureRequest] = {}
+    for feature in features:
+        name = _name(feature)
+        if name in named and not (isinstance(feature, str | ChainSpec) and named[name] == feature):
+            raise SpecError(f"Two features are named {name!r}.", hint="Give them as a dict with names of your own.")
+        named[name] = feature
+    return named
+
+
 def plan_features(features: Features) -> FeaturePlan:
     """Resolve what was asked for.
 
     Raises:
         SpecError: an unknown name; the message lists what there is.
     """
-    if features is None:
-        return FeaturePlan()
-    if isinstance(features, str | PoolingSpec | AnswerPooling | ChainSpec):
-        features = [features]
-    if isinstance(features, Mapping):
-        named = list(features.items())
-    elif isinstance(features, Sequence):
-        named = [(_name(f), f) for f in features]
-    else:
-        raise SpecError(f"features are names and specs, not {type(features).__name__}.", hint=_HINT)
     pooled: dict[str, tuple[Of, PoolingSpec]] = {}
     chain: ChainSpec | None = None
     logits = length = False
-    for name, feature in named:
-        if name in pooled:
-            raise SpecError(f"Two features are named {name!r}.", hint="Give them as a dict with names of your own.")
+    for name, feature in named_features(features).items():
         if isinstance(feature, PoolingSpec):
             pooled[name] = ("prompt", feature)
         elif isinstance(feature, AnswerPooling):

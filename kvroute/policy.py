@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 from pathlib import Path
@@ -39,7 +40,7 @@ class Policy(_Spec):
     give_up: float | None = Field(default=None, ge=-1, le=101)
     """At the start: fast above it, where thinking is not likely to help either."""
     thresholds: tuple[float, ...] = ()
-    """For more than two targets: rising difficulties, each the least of the next target; in place of ``tau``."""
+    """For more than two targets: rising difficulties, above each the next target; in place of ``tau``."""
     targets: tuple[str, ...] = ("fast", "slow")
     """Easiest first: ``fast``, ``slow`` and names of the router's other targets; one more than ``thresholds``."""
     tau_fast: float = Field(default=30.0, ge=-1, le=101)
@@ -72,7 +73,7 @@ class Policy(_Spec):
         if self.thresholds:
             if len(self.targets) != len(self.thresholds) + 1:
                 raise ValueError("targets are one more than thresholds")
-            if list(self.thresholds) != sorted(self.thresholds):
+            if not all(map(math.isfinite, self.thresholds)) or list(self.thresholds) != sorted(self.thresholds):
                 raise ValueError("thresholds rise")
         elif self.targets != ("fast", "slow"):
             raise ValueError("give thresholds for targets other than fast and slow")
@@ -91,6 +92,15 @@ class Policy(_Spec):
         if self.give_up is not None and difficulty > self.give_up:
             return "fast", self.give_up
         return ("slow" if difficulty > self.tau else "fast"), self.tau
+
+    def targets_near(self, difficulty: float) -> set[str]:
+        """Targets of all difficulties within the margin."""
+        low, high = difficulty - self.margin, difficulty + self.margin
+        cuts = self.thresholds or tuple(t for t in (self.tau, self.give_up) if t is not None)
+        inside = [c for c in cuts if low < c < high]
+        return {
+            self.target_of(d)[0] for d in (low, difficulty, high, *inside, *(math.nextafter(c, 999) for c in inside))
+        }
 
     # ------------------------------------------------------------------ files
 

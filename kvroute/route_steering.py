@@ -9,13 +9,16 @@ import logging
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from kvroute.decisions import Decision, Switch
-from kvroute.errors import KVRouteError
+from kvroute.errors import InvalidInputError, KVRouteError
 from kvroute.thinking import Layout, Mode
 
 if TYPE_CHECKING:
+    from kvroute.engines.base import Engine
     from kvroute.engines.steering import SteeredSession, Vectors
     from kvroute.router import Router
 
@@ -79,24 +82,31 @@ class RouteSteering:
         self.router, self.explain = steer.router, steer.explain
         self.policy = steer.router.policy
         self.requests = requests
-        for request in requests:  # a batch that was given up begins anew
-            request.decision, request.closed, request.seen, request.looked = Decision(mode=""), False, 0, 0
+        for request in requests:  # a batch that was given up begins anew, with the decision it had
+            decision = request.decision
+            if decision.switch is not None and decision.switch.forced:
+                self.router.note_switch(-1)
+            decision.switch, decision.checkpoints = None, []
+            if decision.why != "fault":
+                decision.fault = None
+            request.closed, request.seen, request.looked = False, 0, 0
 
     def begin(self, session: SteeredSession, rows: Sequence[int]) -> list[list[int]]:
         """Choose every row's mode from its prompt's keys and values."""
-        requests = [self.requests[r] for r in rows]
+        fresh = [r for r in rows if not self.requests[r].decision.mode]
+        asked = [self.requests[r] for r in fresh]
         head = self.router.head
-        vectors: Vectors | None = None
-        fault = None
+        vectors: list[Vectors | None] | None = None
+        faults: list[str | None] = []
         began = time.perf_counter()
-        if self.policy.reads_difficulty and head is not None and any(r.forced is None for r in requests):
-            try:
-                vectors = session.pooled(rows, head.spec)
-            except Exception as error:  # noqa: BLE001 - an answer is worth more than a decision
-                fault = self.router.note_fault("the prompt's features", error)
-        self.router.choose(requests, vectors, fault=fault, explain=self.explain, began=began)
+        if self.policy.reads_difficulty and head is not None and any(r.forced is None for r in asked):
+            vectors, faults = self.router.each(
+                "a prompt's features", len(fresh), lambda some: session.pooled([fresh[i] for i in some], head.spec)
+            )
+        self.router.choose(asked, vectors, faults=faults, explain=self.explain, began=began)
         suffixes = []
-        for row, request in zip(rows, requests, strict=True):
+        for row in rows:
+            request = self.requests[row]
             target = request.decision.mode
             if target in ("fast", "slow"):
                 request.mode = "fast" if target == "fast" else "slow"
@@ -116,17 +126,17 @@ class RouteSteering:
         if not due:
             return {}
         began = time.perf_counter()
-        try:
-            spec = self.router.head.windows.spec
-            found = self.router.head.windows.predict(session.pooled(due, spec))
-        except Exception as error:  # noqa: BLE001 - an answer is worth more than a switch
-            fault = self.router.note_fault("a checkpoint's features", error)
-            for r in due:
-                self.requests[r].decision.fault = fault
-            return {}
+        windows = self.router.head.windows
+        found, faults = self.router.each(
+            "a checkpoint's features",
+            len(due),
+            lambda some: finite(windows.predict(session.pooled([due[i] for i in some], windows.spec))),
+            then="the mode is kept",
+        )
         forced: dict[int, Sequence[int]] = {}
-        for r, difficulty in zip(due, found, strict=True):
-            phrase = self._look(session, r, float(difficulty))
+        for r, difficulty, fault in zip(due, found, faults, strict=True):
+            self.requests[r].decision.fault = fault
+            phrase = None if difficulty is None else self._look(session, r, float(difficulty))
             if phrase is not None:
                 forced[r] = phrase
         seconds = (time.perf_counter() - began) / len(due)
@@ -138,7 +148,8 @@ class RouteSteering:
         request = self.requests[row]
         tokens = session.tokens_of(row)
         self._follow(request, tokens)
-        if request.decision.why == "forced" or request.decision.switch is not None:
+        decision = request.decision
+        if decision.why == "forced" or decision.switch is not None or decision.fault is not None:
             return False
         if request.mode == "slow" and request.closed:
             return False
@@ -150,14 +161,11 @@ class RouteSteering:
         return True
 
     def _follow(self, request: Request, tokens: Sequence[int]) -> None:
-        mark = self.router.close_ids
-        if request.closed or not mark:
-            return
-        begin = max(0, request.seen - len(mark) + 1)
-        for at in range(begin, len(tokens) - len(mark) + 1):
-            if list(tokens[at : at + len(mark)]) == mark:
-                request.closed = True
+        mark = self.router.closing
+        for end in range(request.seen + 1, len(tokens) + 1):
+            if request.closed:
                 break
+            request.closed = mark.ends(tokens[max(0, end - mark.width) : end])
         request.seen = len(tokens)
 
     def _look(self, session: SteeredSession, row: int, difficulty: float) -> Sequence[int] | None:
@@ -176,11 +184,50 @@ class RouteSteering:
         if session.room(row) < len(phrase) + _ROOM:
             return None
         decision.switch = Switch(to, len(tokens), difficulty, threshold, 0 if policy.shadow else len(phrase))
-        self.router.note_switch()
         if policy.shadow:
             return None
+        self.router.note_switch()
         request.mode = to
         return phrase
+
+
+class ClosingMark:
+    """Finds the end of a thought among tokens.
+
+    Args:
+        engine: the model.
+        text: what ends every thought, or None where nothing does.
+    """
+
+    def __init__(self, engine: Engine, text: str | None) -> None:
+        self._tokenizer = engine.tokenizer
+        self._text = (text or "").strip()
+        self._ids = engine.tokenize_texts([self._text], special_tokens=False)[0] if self._text else []
+        self.width = 1 if len(self._ids) <= 1 else len(self._text.encode()) + 1
+        """Tokens that are enough to see it."""
+
+    @property
+    def exists(self) -> bool:
+        """Whether anything ends a thought."""
+        return bool(self._ids)
+
+    def ends(self, tokens: Sequence[int]) -> bool:
+        """Whether it stands in the last tokens. One of several tokens may be cut in other places: its text counts."""
+        if len(self._ids) <= 1:
+            return bool(self._ids) and list(tokens[-1:]) == self._ids
+        return self._text in str(self._tokenizer.decode(list(tokens), skip_special_tokens=False))
+
+
+def finite(numbers: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    """The numbers of a head.
+
+    Raises:
+        InvalidInputError: one is NaN or infinite.
+    """
+    found = np.asarray(numbers, dtype=np.float64)
+    if not np.isfinite(found).all():
+        raise InvalidInputError("The head gave NaN or infinity.")
+    return found
 
 
 def fault_text(error: Exception) -> str:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Protocol, overload, runtime_checkable
 import numpy as np
 
 from kvroute.features import Features
-from kvroute.generation import CancelToken, Generation, GenerationChunk, Message, Prompt, SamplingOptions
+from kvroute.generation import CancelToken, Generation, GenerationChunk, Message, Prompt, SamplingOptions, TokenIds
 from kvroute.info import ModelInfo
 from kvroute.pooling import PoolingSpec
 
@@ -77,7 +77,7 @@ class Engine(Protocol):
     @overload
     def generate(
         self,
-        prompts: str,
+        prompts: str | TokenIds,
         *,
         features: Features = None,
         options: SamplingOptions | None = None,

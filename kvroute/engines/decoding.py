@@ -74,6 +74,7 @@ class _Row:
     fed: int = 0  # answer tokens whose keys and values the chains have
     finish: FinishReason | None = None
     ended_at: float = 0.0
+    ran: int = 0  # tokens in the cache when it ended
     logit_sums: Tensor | None = None
     kept: Prefix | None = None
 
@@ -193,15 +194,19 @@ class DecodeSession:
         As many as all rows get run at once; the rest of longer ones one a step, beside rows that write already.
         """
         suffixes = steering.begin(self, list(self.active))
-        for row, suffix in zip(self.rows, suffixes, strict=True):
-            row.prompt += suffix
-        together = min(map(len, suffixes))
+        for r, suffix in enumerate(suffixes):
+            if self.rows[r].finish:
+                suffixes[r] = []
+            else:
+                self.rows[r].prompt += suffix
+        together = min((len(s) for s, row in zip(suffixes, self.rows, strict=True) if not row.finish), default=0)
         if len(self.cache.attention_layers) != len(self.cache.layers):
             together = min(together, 1)  # recurrent layers continue one token at a time
         if together == 0:
             return
         begin = [len(r.prompt) - len(s) for r, s in zip(self.rows, suffixes, strict=True)]
-        ids = [s[:together] for s in suffixes]
+        # A row that ends here runs along with its last token, which nothing reads.
+        ids = [s[:together] or row.prompt[-1:] * together for s, row in zip(suffixes, self.rows, strict=True)]
         positions = [list(range(b, b + together)) for b in begin]
         self.slots += together
         self._forward(torch.tensor(ids, device=self.device), torch.tensor(positions, device=self.device))
@@ -229,8 +234,9 @@ class DecodeSession:
             (row, token, text that can be shown now) of each, forced tokens among them; the token is None where a
             steering ended an answer.
         """
+        events = self._end_stopped()  # by the steering, before anything was written
         due = [r for r in self.active if self._waiting(r) == 0]
-        events: list[Event] = self._choose(due) if due else []
+        events += self._choose(due) if due else []
         ended = [r for r in due if self.rows[r].finish]
         if ended:
             self._close(ended)
@@ -268,13 +274,24 @@ class DecodeSession:
         for r, forced in (steering.after(self, rows) if rows else {}).items():
             row = self.rows[r]
             for token in forced:
+                if row.finish:
+                    break
                 row.tokens.append(token)
                 piece = row.text.push(token) if self.follow_text and token not in self.ends else ""
                 events.append((r, token, piece))
+                if row.text.stopped:
+                    row.finish = "stop"
+                elif len(row.tokens) >= self.options.max_tokens:
+                    row.finish = "length"
+        return events + self._end_stopped()
+
+    def _end_stopped(self) -> list[Event]:
+        """Close answers that were ended by a steering: what is left of their text."""
         stopped = [r for r in self.active if self.rows[r].finish]
-        if stopped:
-            events += [(r, None, self.rows[r].text.finish() if self.follow_text else "") for r in stopped]
-            self._close(stopped)
+        if not stopped:
+            return []
+        events: list[Event] = [(r, None, self.rows[r].text.finish() if self.follow_text else "") for r in stopped]
+        self._close(stopped)
         return events
 
     def _advance(self) -> None:
@@ -288,7 +305,8 @@ class DecodeSession:
             place = self.slots - row.pad
             behind = place - len(row.prompt)
             # An answer that has ended runs along with its last token, which nothing reads.
-            ids.append([row.prompt[place] if behind < 0 else row.tokens[min(behind, len(row.tokens) - 1)]])
+            following = row.tokens or row.prompt[-1:]
+            ids.append([row.prompt[place] if behind < 0 else following[min(behind, len(following) - 1)]])
             positions.append([place])
         self.slots += 1
         self._forward(torch.tensor(ids, device=self.device), torch.tensor(positions, device=self.device))
@@ -322,7 +340,7 @@ class DecodeSession:
             usage=Usage(
                 prompt=len(row.prompt),
                 cached=row.cached,
-                computed=len(row.prompt) - row.cached + max(generated - 1, 0) if self.prefilled else 0,
+                computed=row.ran - row.cached if self.prefilled else 0,
                 generated=generated,
             ),
             timings=Timings(
@@ -369,7 +387,7 @@ class DecodeSession:
             self._keep(ended)
         now = time.perf_counter()
         for r in ended:
-            self.rows[r].ended_at = now
+            self.rows[r].ended_at, self.rows[r].ran = now, self._held(r)
         self.active = [r for r in self.active if not self.rows[r].finish]
 
     def _keep(self, ended: Sequence[int]) -> None:

@@ -44,11 +44,17 @@ class Steering(Protocol):
     """Steers one batch."""
 
     def begin(self, session: SteeredSession, rows: Sequence[int]) -> list[list[int]]:
-        """After the prefill: the tokens that follow each row's prompt. They count as its prompt."""
+        """After the prefill: the tokens that follow each row's prompt. They count as its prompt.
+
+        A row that is ended here gets none, and nothing is written for it.
+        """
         ...
 
     def after(self, session: SteeredSession, rows: Sequence[int]) -> Mapping[int, Sequence[int]]:
-        """After a step, for rows that go on and have no forced token left: tokens to put into some of them."""
+        """After a step, for rows that go on and have no forced token left: tokens to put into some of them.
+
+        An answer ends as ever where they fill ``max_tokens`` or complete a stop text.
+        """
         ...
 
 

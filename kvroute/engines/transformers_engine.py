@@ -20,7 +20,16 @@ from kvroute.engines.steering import Steer
 from kvroute.engines.threads import in_thread
 from kvroute.errors import InvalidInputError, OutOfMemoryError, UnsupportedModelError
 from kvroute.features import FeaturePlan, Features, plan_features
-from kvroute.generation import CancelToken, Generation, GenerationChunk, Message, Prompt, SamplingOptions, as_prompts
+from kvroute.generation import (
+    CancelToken,
+    Generation,
+    GenerationChunk,
+    Message,
+    Prompt,
+    SamplingOptions,
+    TokenIds,
+    as_prompts,
+)
 from kvroute.progress import progress_bar
 
 _SHARE = 4
@@ -116,7 +125,7 @@ class TransformersEngine(TransformersReader):
     @overload
     def generate(
         self,
-        prompts: str,
+        prompts: str | TokenIds,
         *,
         features: Features = None,
         options: SamplingOptions | None = None,
