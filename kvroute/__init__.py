@@ -59,10 +59,11 @@ if TYPE_CHECKING:
     from kvroute.heads.training import TrainingReport, train_head
     from kvroute.info import LayerInfo, ModelInfo
     from kvroute.label_rows import LabelRow, read_labels
-    from kvroute.labelling import Question, label_questions
+    from kvroute.labelling import label_questions
     from kvroute.policy import Policy
     from kvroute.pooling import PRESETS, PoolingSpec, pool
     from kvroute.postprocess import PostProcessor
+    from kvroute.questions import Question
     from kvroute.router import Router
     from kvroute.routing_evaluation import evaluate_head
     from kvroute.routing_report import RoutingReport
@@ -110,7 +111,7 @@ _LAZY = {
     "PoolingSpec": "kvroute.pooling",
     "PostProcessor": "kvroute.postprocess",
     "Prefix": "kvroute.engines.decoding",
-    "Question": "kvroute.labelling",
+    "Question": "kvroute.questions",
     "Routed": "kvroute.decisions",
     "RoutedChunk": "kvroute.decisions",
     "Router": "kvroute.router",

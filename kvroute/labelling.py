@@ -10,8 +10,7 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from kvroute._version import __version__
 from kvroute.checkers import Checker, CheckResult, check, checker_for
@@ -19,7 +18,9 @@ from kvroute.errors import InvalidInputError, KVRouteError, MissingExtraError, T
 from kvroute.generation import Generation, Message, TokenIds
 from kvroute.label_rows import Attempt, Checkpoint, LabelMeta, LabelRow, Part
 from kvroute.progress import progress_bar
-from kvroute.rows import digest_of, text_field
+from kvroute.questions import Question as Question
+from kvroute.questions import read_questions as read_questions
+from kvroute.rows import digest_of
 from kvroute.skeletons import check_shares, part_of, skeleton_digest
 from kvroute.thinking import Layout, Mode, ThinkingMode
 
@@ -33,48 +34,6 @@ SHORT = 128
 CHUNK = 128
 """Questions that are answered together."""
 MODES: tuple[Mode, ...] = ("fast", "slow")
-
-
-@dataclass(frozen=True, slots=True)
-class Question:
-    """A question with a checkable answer.
-
-    Attributes:
-        id: names it; different questions have different ones.
-        question, answer, answer_type: as in the row; the type is a name in :data:`kvroute.checkers.CHECKERS`.
-        extra: the row's other fields.
-    """
-
-    id: str
-    question: str
-    answer: str
-    answer_type: str
-    extra: dict[str, Any] = field(default_factory=dict)
-
-
-def read_questions(rows: Sequence[tuple[int, Mapping[str, Any]]], source: object) -> list[Question]:
-    """Questions from rows with ``question``, ``answer``, ``answer_type`` and, if they have one, ``id``.
-
-    Args:
-        rows: each with its line number, from :func:`kvroute.rows.parse_jsonl`.
-        source: what to call their file.
-
-    Raises:
-        InvalidInputError: a field is missing or no text, or two rows have the same id, naming the line.
-    """
-    questions, lines = [], dict[str, int]()
-    for number, row in rows:
-        name = row.get("id", f"line-{number}")
-        if not isinstance(name, str | int) or isinstance(name, bool):
-            raise InvalidInputError(f"{source}, line {number}: id is {type(name).__name__}, not a text.")
-        name = str(name)
-        if name in lines:
-            raise InvalidInputError(f"{source}, lines {lines[name]} and {number} have the same id, {name!r}.")
-        lines[name] = number
-        question, answer, kind = (text_field(row, f, source, number) for f in ("question", "answer", "answer_type"))
-        extra = {k: v for k, v in row.items() if k not in ("id", "question", "answer", "answer_type")}
-        questions.append(Question(name, question, answer, kind, extra))
-    return questions
 
 
 def label_questions(
@@ -98,7 +57,7 @@ def label_questions(
 
     Args:
         engine: the model.
-        questions: see :func:`read_questions`.
+        questions: see :func:`kvroute.questions.read_questions`.
         thinking: how the model thinks; by default read from its chat template.
         checkers: further checkers by type of answer; they come before kvroute's own.
         max_tokens: by mode, the most tokens of an answer; by default :data:`MAX_TOKENS`.

@@ -29,7 +29,8 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from kvroute.label_rows import LabelMeta, LabelRow, Part
-    from kvroute.labelling import Labeller, Question
+    from kvroute.labelling import Labeller
+    from kvroute.questions import Question
     from kvroute.thinking import ThinkingMode
 
 _CHUNK = 64
@@ -72,7 +73,8 @@ def command(
 ) -> None:
     """Answer questions in both modes, check the answers, and label how difficult each question is."""
     from kvroute.label_rows import read_labels, write_meta
-    from kvroute.labelling import Labeller, read_questions
+    from kvroute.labelling import Labeller
+    from kvroute.questions import read_questions
 
     if out.suffix != ".jsonl":
         raise InvalidInputError(f"{str(out)!r} does not end in .jsonl.")

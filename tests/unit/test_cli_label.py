@@ -15,7 +15,7 @@ import pytest
 from kvroute import TransformersEngine, label_questions, read_labels
 from kvroute.cli import main
 from kvroute.label_rows import meta_path, usable
-from kvroute.labelling import read_questions
+from kvroute.questions import read_questions
 from kvroute.rows import parse_jsonl
 from kvroute.thinking import ThinkingMode
 

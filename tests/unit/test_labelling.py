@@ -12,7 +12,8 @@ from kvroute.errors import OutOfMemoryError, UnsupportedModelError
 from kvroute.generation import Timings, TokenIds, Usage
 from kvroute.label_rows import Attempt
 from kvroute.label_summary import kind_of, summarise, summary_dict
-from kvroute.labelling import Labeller, pair_label, read_questions
+from kvroute.labelling import Labeller, pair_label
+from kvroute.questions import read_questions
 from kvroute.skeletons import part_of, skeleton_digest
 
 THINK = ThinkingMode(
