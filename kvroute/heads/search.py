@@ -117,12 +117,14 @@ class Problem:
         splits: (training, held) indices; one pair, or the folds of a cross-validation.
         binary: whether targets are 0 and 1.
         sign: 1 where a higher prediction means more likely right, -1 where it means harder.
+        origin: of a reduced one, where its spans lie in the problem that it was taken from.
     """
 
     examples: Examples
     splits: tuple[tuple[Indices, Indices], ...]
     binary: bool
     sign: int
+    origin: Indices | None = None
 
     def judge(self, held: Indices, found: Floats) -> tuple[float | None, float]:
         """AUROC and mean squared error of predictions."""
@@ -134,7 +136,7 @@ class Problem:
         """The same without bare questions among the training spans."""
         bare = np.array([e.bare for e in self.examples.items], dtype=bool)
         splits = tuple((train[~bare[train]], held) for train, held in self.splits)
-        return Problem(self.examples, splits, self.binary, self.sign)
+        return Problem(self.examples, splits, self.binary, self.sign, self.origin)
 
     def reduced(self, spans: int, rng: np.random.Generator) -> Problem:
         """At most so many training and so many held spans in each split, of whole texts chosen at random."""
@@ -144,7 +146,7 @@ class Problem:
         )
         used = np.unique(np.concatenate([i for pair in chosen for i in pair]))
         moved = tuple((np.searchsorted(used, train), np.searchsorted(used, held)) for train, held in chosen)
-        return Problem(self.examples.take(used), moved, self.binary, self.sign)
+        return Problem(self.examples.take(used), moved, self.binary, self.sign, used)
 
 
 @dataclass(frozen=True)
@@ -197,11 +199,11 @@ def search(
     tried: list[Candidate] = []
     if options.spec is not None:
         check_spec(options.spec, engine.info)
-        finalists = [options.spec]
+        finalists, known = [options.spec], None
     else:
-        finalists = _choose_specs(engine, problem.without_bare(), options, clock, rng, tried, progress)
+        finalists, known = _choose_specs(engine, problem.without_bare(), options, clock, rng, tried, progress)
     whole = problem.reduced(options.spans, rng)
-    vectors = pool_spans(engine, whole.examples, finalists, progress=progress)
+    vectors = _vectors(engine, whole, finalists, known, progress)
     has_bare = any(e.bare for e in whole.examples.items)
     first = whole.without_bare() if options.bare is None else whole
     best: Found | None = None
@@ -227,6 +229,27 @@ def search(
     return Found(
         best.candidate, best.model, best.rounds, best.problem, best.x, best.held, best.predictions, tried
     )  # fmt: skip
+
+
+_Known = tuple[Problem, SumStore]
+"""Spans whose sums are there already."""
+
+
+def _vectors(
+    engine: PrefillEngine, problem: Problem, specs: Sequence[PoolingSpec], known: _Known | None, progress: bool | None
+) -> list[Vectors]:
+    """Vectors of a problem's spans by each spec; texts whose sums are known are not read again."""
+    if known is None or known[0].origin is None or problem.origin is None:
+        return pool_spans(engine, problem.examples, specs, progress=progress)
+    there, at, of = np.intersect1d(problem.origin, known[0].origin, return_indices=True)
+    rest = np.setdiff1d(np.arange(len(problem.origin)), at)
+    new = pool_spans(engine, problem.examples.take(rest), specs, progress=progress)
+    found = []
+    for spec, vectors in zip(specs, new, strict=True):
+        whole = np.empty((len(there) + len(rest), vectors.shape[1]), dtype=np.float32)
+        whole[at], whole[rest] = known[1].vectors(spec, of), vectors
+        found.append(whole)
+    return found
 
 
 # ------------------------------------------------------------------ specs
@@ -277,7 +300,7 @@ def _variants(spec: PoolingSpec, info: ModelInfo) -> Iterator[PoolingSpec]:
 def _choose_specs(
     engine: PrefillEngine, problem: Problem, options: SearchOptions, clock: Clock, rng: np.random.Generator,
     tried: list[Candidate], progress: bool | None,
-) -> list[PoolingSpec]:  # fmt: skip
+) -> tuple[list[PoolingSpec], _Known]:  # fmt: skip
     info = engine.info
     layers = SumStore.usable_layers(info, max(len(t) for t in problem.examples.texts))
     reaches: list[Reach] = list(dict.fromkeys(reach_of(PoolingSpec(**t)) for t in _TOKENS))
@@ -305,7 +328,7 @@ def _choose_specs(
         for variant in _variants(spec, info):
             if not clock.over(0.5) and variant not in best:
                 consider("variants", variant)
-    return sorted(best, key=lambda s: best[s].order, reverse=True)[: options.finalists]
+    return sorted(best, key=lambda s: best[s].order, reverse=True)[: options.finalists], (small, store)
 
 
 # ------------------------------------------------------------------ candidates

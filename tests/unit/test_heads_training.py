@@ -269,6 +269,27 @@ def test_heads_are_averaged_where_they_are_too_many(tiny_engine: Any, rows: Any,
     assert max(c.spec.dimension(tiny_engine.info) for c in report.tried) <= 40
 
 
+def test_no_text_is_read_twice_for_the_search(tiny_engine: Any, rows: Any) -> None:
+    """The finalists' vectors come from the sums that specs were chosen on; only bare questions are read besides."""
+    seen: list[tuple[int, ...]] = []
+
+    class Counting:
+        info = tiny_engine.info
+
+        def prefill(self, token_ids: Any, **kwargs: Any) -> Any:
+            seen.extend(tuple(ids) for ids in token_ids)
+            return tiny_engine.prefill(token_ids, **kwargs)
+
+    examples = prompt_examples(tiny_engine, [r for r in rows if r.part in ("train", "validation")], bare=True)
+    problem = Problem(examples, ((examples.where("train"), examples.where("validation")),), False, -1)
+    for most in (3000, 30):
+        seen.clear()
+        found = search(Counting(), problem, SearchOptions(kinds=("ridge",), rows=most))
+        assert len(seen) == len(examples.texts)
+        (wanted,) = pool_spans(tiny_engine, found.problem.examples, [found.candidate.spec])
+        np.testing.assert_allclose(found.x, wanted, atol=1e-4)
+
+
 def spans(right: Any) -> Examples:
     made = prompt_examples(None, label_rows(len(right)), bare=False)  # type: ignore[arg-type]
     return Examples(made.texts, tuple(replace(e, right=float(r)) for e, r in zip(made.items, right, strict=True)))
