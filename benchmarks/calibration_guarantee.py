@@ -124,7 +124,8 @@ def from_thinker(arguments: argparse.Namespace) -> tuple[Pool, list[Pair]]:
     from kvroute.heads.search import SearchOptions
     from kvroute.heads.training import train_head
     from kvroute.label_rows import LabelRow, usable
-    from kvroute.labelling import Labeller, read_questions
+    from kvroute.labelling import Labeller
+    from kvroute.questions import read_questions
     from questions import make_questions
 
     engine = TransformersEngine.from_pretrained(str(arguments.thinker), dtype="float32")
