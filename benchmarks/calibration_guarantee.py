@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 ROOT = Path(__file__).parents[1]
 THINKER = ROOT / "examples" / "tiny_thinker"
 _KIND = "kvroute.benchmark.pool"
-_CHUNK = 1024
+_CHUNK = 256
 Floats = np.ndarray[Any, np.dtype[np.float64]]
 Pair = tuple[float, float | None]
 """tau and give_up of a one-step policy."""
@@ -140,7 +140,7 @@ def from_thinker(arguments: argparse.Namespace) -> tuple[Pool, list[Pair]]:
         for start in range(0, len(listed), _CHUNK):
             yield labeller.label(listed[start : start + _CHUNK])
 
-    facts = json.dumps([engine.info.fingerprint, arguments.seed, train_size, arguments.max_tokens])
+    facts = json.dumps([engine.info.fingerprint, arguments.seed, train_size, arguments.max_tokens, _CHUNK])
     learned = []
     for number, start in enumerate(range(0, train_size, _CHUNK)):
         path = arguments.cache / f"train-{hashlib.sha256(facts.encode()).hexdigest()[:16]}-{number}.jsonl"
