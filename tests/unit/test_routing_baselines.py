@@ -36,11 +36,12 @@ def rows() -> list[LabelRow]:
 
 
 def marked_rows(*, shuffle: bool = False) -> list[LabelRow]:
+    """Three tokens that say nothing, and one that says how hard the row is (or, shuffled, how hard another is)."""
     rng = np.random.default_rng(0)
     found = label_rows(600, seed=1)
     said = rng.permutation([r.label for r in found]) if shuffle else [r.label for r in found]
     return [
-        r.model_copy(update={"prompt_ids": (*r.prompt_ids[:3], 210 if label > 50 else 70)})
+        r.model_copy(update={"prompt_ids": (*rng.integers(60, 230, 3).tolist(), 210 if label > 50 else 70)})
         for r, label in zip(found, said, strict=True)
     ]
 
@@ -147,7 +148,7 @@ def test_last_hidden_with_each_head_learns_on_train_rows(
     found = judge("last-hidden", used, made, head_fitter(kind), seed=0)
     assert len(found.validation) == len(used.validation)
     assert ((found.test >= 0) & (found.test <= 100)).all()
-    assert auroc_of(found.test, used.test) > 0.8
+    assert auroc_of(found.test, used.test) > 0.7
     again = judge("last-hidden", used, made, head_fitter(kind), seed=0)
     np.testing.assert_array_equal(found.test, again.test)
     shuffled = EvaluationRows.of(marked_rows(shuffle=True))
