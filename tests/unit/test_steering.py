@@ -312,17 +312,16 @@ def test_every_token_goes_through_the_model_once(architecture: str, i: int) -> N
 
 def test_a_batch_runs_every_rows_tokens_once() -> None:
     engine = exact("llama")
+    prompts = [TokenIds(tuple(range(5, 5 + n))) for n in (4, 9, 6, 2)]
     script = Script([[40, 41], [50, 51], [60, 61], [70, 71]], FORCED)  # all end at once, so no lane is left
     with Counting(engine.model) as counted:
-        answers = engine.generate(PROMPTS[:4], steer=script, max_tokens=COUNT)
-    width = max(len(engine.tokenize(p)) for p in PROMPTS[:4])
+        answers = engine.generate(prompts, steer=script, max_tokens=COUNT)
+    assert len(script.opened) == 1
     for lane, i in enumerate(script.opened[0]):
-        answer = answers[i]
-        skip = width - len(engine.tokenize(PROMPTS[i]))
-        ids, positions = counted.lane(lane, skip)
-        assert ids == answer.prompt_token_ids + answer.token_ids[:-1]
+        ids, positions = counted.lane(lane, skip=9 - len(prompts[i].ids))
+        assert ids == answers[i].prompt_token_ids + answers[i].token_ids[:-1]
         assert positions == list(range(len(ids)))
-        assert answer.usage.computed == len(ids)
+        assert answers[i].usage.computed == len(ids)
 
 
 def test_equal_prompts_are_run_once() -> None:
