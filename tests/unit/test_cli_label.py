@@ -243,8 +243,10 @@ while True:
     if ended[1] == signal.SIGKILL:
         done += 1
         places.append(chunks())
-        continue
-    assert ended[1] == 0, ended
+        if not (folder / "cut.jsonl").exists():
+            continue  # else it was killed after its work, before its exit
+    else:
+        assert ended[1] == 0, ended
     rounds += 1
     assert (folder / "cut.jsonl").read_bytes() == (folder / "whole.jsonl").read_bytes(), "the rows differ"
     if done >= kills:
@@ -260,7 +262,7 @@ def test_killed_fifty_times_it_ends_with_every_row_once(
 ) -> None:
     tiny_model("llama", num_hidden_layers=1).save_pretrained(tmp_path / "model")
     tiny_tokenizer.save_pretrained(tmp_path / "model")
-    rows = [question(i) for i in range(60)]
+    rows = [question(i) for i in range(40)]
     (tmp_path / "q.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
     options = ["--chunk", "1", "--max-fast", "3", "--max-slow", "7", "--checkpoints", "3", "--json", "-q"]
     done = subprocess.run(
