@@ -21,6 +21,8 @@ def test_the_hard_law_has_the_loss_it_is_given() -> None:
     assert loss[9] == pytest.approx(0.3, abs=0.02)
     assert loss[10:] == pytest.approx([1.02] * (HARD_CANDIDATES - 10), abs=0.04)
     assert pool.candidate(grid[-1]).slow.sum() == 0
+    with pytest.raises(ValueError, match="30"):
+        hard_pool(10, 30.0, 0)
 
 
 def test_promises_hold_on_the_hard_law_and_tokens_are_saved() -> None:
