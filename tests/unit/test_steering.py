@@ -355,7 +355,7 @@ SPECS = {
     "mean": PoolingSpec(layers="all", heads="concat"),
     "window": PoolingSpec(layers="all", window=6, tokens="sum", part="v"),
     "sif": PoolingSpec(layers="last:2", weights="sif"),
-    "last": PoolingSpec(tokens="last"),
+    "last": PoolingSpec(layers="all", tokens="last"),
 }
 
 
