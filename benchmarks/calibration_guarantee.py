@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+import _thinker
 from _harness import Figure, add_common_arguments, exact, figure_table, finish, judge, table
 from kvroute.bounds import binomial_lower, binomial_upper
 from kvroute.candidates import Baseline, Candidate, one_step_grid
@@ -119,7 +120,6 @@ def from_labels(path: Path, head_folder: Path, model: str) -> tuple[Pool, list[P
 def from_thinker(arguments: argparse.Namespace) -> tuple[Pool, list[Pair]]:
     """Questions made, answered and kept in the cache; without --head a ridge head is trained on others first."""
     sys.path.insert(0, str(THINKER))
-    from kvroute import TransformersEngine
     from kvroute.heads import DifficultyHead
     from kvroute.heads.search import SearchOptions
     from kvroute.heads.training import train_head
@@ -128,7 +128,7 @@ def from_thinker(arguments: argparse.Namespace) -> tuple[Pool, list[Pair]]:
     from kvroute.questions import read_questions
     from questions import make_questions
 
-    engine = TransformersEngine.from_pretrained(str(arguments.thinker), dtype="float32")
+    engine = _thinker.engine(arguments.thinker)
     labeller = Labeller(engine, max_tokens=arguments.max_tokens)
     train_size, pool_size = arguments.train_rows, arguments.pool_rows
     made = make_questions(train_size, arguments.seed + 1000)
@@ -280,7 +280,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     arguments = parser.parse_args(argv)
     if arguments.quick:
         arguments.pool_rows, arguments.train_rows, arguments.rows, arguments.splits = 800, 300, 400, 25
-    arguments.max_tokens = {"fast": 64, "slow": 192}
+    arguments.max_tokens = _thinker.MAX_TOKENS
     if arguments.labels is not None and arguments.head is None:
         parser.error("--labels needs --head")
     return arguments

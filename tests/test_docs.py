@@ -33,6 +33,7 @@ def test_every_block_says_what_it_is(page: Path) -> None:
 @pytest.mark.docs
 @pytest.mark.parametrize("page", [p for p in PAGES if blocks(p, "python")], ids=lambda p: p.name)
 def test_python_blocks(page: Path, tmp_path: Path) -> None:
+    (tmp_path / "examples").symlink_to(ROOT / "examples")
     script = tmp_path / "page.py"
     script.write_text("\n\n".join(blocks(page, "python")))
     ran = subprocess.run([sys.executable, script.name], cwd=tmp_path, capture_output=True, text=True, check=False)
