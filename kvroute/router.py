@@ -3,38 +3,28 @@
 from __future__ import annotations
 
 import asyncio
-import hashlib
-import logging
-import threading
 import time
-from collections import Counter, deque
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Protocol, Self, cast, get_args, overload
+from typing import TYPE_CHECKING, Any, Protocol, Self, cast, get_args, overload
 
-import numpy as np
-
+from kvroute.choosing import Chooser
 from kvroute.decisions import Decision, Routed, RoutedChunk
 from kvroute.engines.threads import in_thread
 from kvroute.errors import InvalidInputError
-from kvroute.features import AnswerPooling, named_features
-from kvroute.generation import CancelToken, Generation, Message, Prompt, SamplingOptions, TokenIds, as_prompts
+from kvroute.generation import CancelToken, Message, Prompt, SamplingOptions, TokenIds, as_prompts
 from kvroute.heads.head import DifficultyHead
 from kvroute.policy import Policy, PolicyKind, policy_path
-from kvroute.route_steering import ClosingMark, Request, RouteSteer, fault_text, finite
+from kvroute.route_steering import ClosingMark, Request, RouteSteer
+from kvroute.routed_answers import routed_answer, target_answer, with_confidence
+from kvroute.routed_stream import routed_pieces
 from kvroute.thinking import Mode, ThinkingMode
 
 if TYPE_CHECKING:
     from kvroute.drift import DriftHealth, DriftMonitor
+    from kvroute.engines.steering import Vectors
     from kvroute.engines.transformers_engine import TransformersEngine
-    from kvroute.heads.neighbours import Neighbour
     from kvroute.voting import Voted
-
-logger = logging.getLogger(__name__)
-
-_CONFIDENCE = "kvroute:confidence"
-Vectors = np.ndarray[Any, np.dtype[np.float32]]
 
 
 class Answering(Protocol):
@@ -45,7 +35,7 @@ class Answering(Protocol):
         ...
 
 
-class Router:
+class Router(Chooser):
     """Decides for each request how hard to think, from the forward pass that happens anyway.
 
     The prompt's K and V give the difficulty before the first token; the mode's tokens follow in the same cache. With a
@@ -86,15 +76,15 @@ class Router:
         folder = None
         if not isinstance(policy, Policy):
             policy, folder = _found(str(policy))
-        self.policy = policy
         if head is None and policy.head is not None:
             head = (folder or Path()) / policy.head
-        self.head = DifficultyHead.load(head, engine.info) if isinstance(head, str | Path) else head
+        if isinstance(head, str | Path):
+            head = DifficultyHead.load(head, engine.info)
         if drift is None and policy.drift is not None and folder is not None:
             from kvroute.drift import DriftMonitor
 
             drift = DriftMonitor.load(folder / policy.drift, engine.info.fingerprint)
-        self.drift = drift
+        super().__init__(policy, head, drift)
         if policy.reads_difficulty and self.head is None:
             raise InvalidInputError(
                 f"A {policy.kind} policy reads a difficulty, and there is no head.",
@@ -122,10 +112,6 @@ class Router:
         self.options = options
         self.phrases: dict[Mode, list[int]] = {m: self.thinking.phrase(engine, m) for m in ("fast", "slow")}
         self.closing = ClosingMark(engine, self.thinking.close)
-        self.counts: Counter[str] = Counter()
-        self._recent: deque[float] = deque(maxlen=policy.window)
-        self._recent_slow: deque[bool] = deque(maxlen=policy.window)
-        self._lock = threading.Lock()
 
     @classmethod
     def load(cls, engine: TransformersEngine, policy: str | Path, **kwargs: Any) -> Self:
@@ -190,139 +176,6 @@ class Router:
         """:meth:`decide` in a thread."""
         return await asyncio.to_thread(lambda: self.decide(prompt, **kwargs))
 
-    def each(
-        self, what: str, count: int, work: Callable[[list[int]], Any], *, then: str | None = None
-    ) -> tuple[list[Any], list[str | None]]:
-        """What ``work`` gives for each of some rows: for all at once or, where that fails, for each alone.
-
-        So a fault stays with its row; it is counted and logged.
-
-        Returns:
-            by row the result or None, and the fault in words or None.
-        """
-        rows = list(range(count))
-        try:
-            return _one_each(work(rows), count), [None] * count
-        except Exception as error:  # noqa: BLE001 - an answer is worth more than a decision
-            if count == 1:
-                return [None], [self.note_fault(what, error, then=then)]
-        found: list[Any] = [None] * count
-        faults: list[str | None] = [None] * count
-        last: Exception | None = None
-        for i in rows:
-            try:
-                found[i] = _one_each(work([i]), 1)[0]
-            except Exception as error:  # noqa: BLE001
-                faults[i], last = fault_text(error), error
-        if last is not None:
-            self.note_fault(what, last, then=then, count=sum(f is not None for f in faults))
-        return found, faults
-
-    def choose(
-        self,
-        requests: Sequence[Request],
-        vectors: Sequence[Vectors | None] | None,
-        *,
-        faults: Sequence[str | None] = (),
-        explain: bool,
-        began: float,
-    ) -> None:
-        """Fill in the decisions of requests.
-
-        Args:
-            requests: those to decide.
-            vectors: by request its prompt's pooled vector ``[dim]``, or None where there is none; None altogether where
-                the policy reads no difficulty.
-            faults: by request why it has no vector.
-            explain: name the nearest labelled questions.
-            began: when the work on them did.
-        """
-        difficulties: list[float | None] = [None] * len(requests)
-        probabilities: list[float | None] = [None] * len(requests)
-        nearest: list[list[Neighbour] | None] = [None] * len(requests)
-        reasons = [*faults] or [None] * len(requests)
-        head = self.head
-        if vectors is not None and head is not None:
-            there = [i for i, v in enumerate(vectors) if v is not None]
-            x = np.stack([v for v in vectors if v is not None]) if there else np.empty((0, 0), dtype=np.float32)
-            if there:
-                read, wrong = self.each("the head", len(there), lambda rows: finite(head.predict(x[rows])))
-                for i, difficulty, reason in zip(there, read, wrong, strict=True):
-                    difficulties[i], reasons[i] = None if difficulty is None else float(difficulty), reason
-                self._watch([(d, x[n]) for n, d in enumerate(read) if d is not None])
-            good = [n for n, i in enumerate(there) if difficulties[i] is not None]
-            if good:
-                values = np.array([difficulties[there[n]] for n in good])
-                right, _ = self.each(
-                    "the probability of a difficulty",
-                    len(good),
-                    lambda rows: finite(head.probability(values[rows])),
-                    then="the decision has none",
-                )
-                near: list[Any] = [None] * len(good)
-                if explain:
-                    near, _ = self.each(
-                        "the nearest questions",
-                        len(good),
-                        lambda rows: head.nearest(x[[good[n] for n in rows]]),
-                        then="the decision names none",
-                    )
-                for n, p, k in zip(good, right, near, strict=True):
-                    probabilities[there[n]], nearest[there[n]] = None if p is None else float(p), k
-        for i, request in enumerate(requests):
-            request.decision = self._decide(request, difficulties[i], reasons[i])
-            request.decision.probability = probabilities[i]
-            request.decision.nearest = nearest[i] or []
-        seconds = (time.perf_counter() - began) / max(len(requests), 1)
-        for request in requests:
-            request.decision.seconds = seconds
-            with self._lock:
-                self.counts[f"mode:{request.decision.mode}"] += 1
-            if request.decision.why == "shadow":
-                d = request.decision
-                logger.info("shadow: %s would be taken at difficulty %s", d.proposed, d.difficulty)
-
-    def _decide(self, request: Request, difficulty: float | None, fault: str | None) -> Decision:
-        policy = self.policy
-        decision = Decision(mode=policy.fallback, difficulty=difficulty, policy=policy.kind)
-        if request.forced is not None:
-            decision.mode, decision.why = request.forced, "forced"
-            return decision
-        if policy.kind in ("fast", "slow"):
-            decision.mode = policy.kind
-        elif policy.kind == "random":
-            decision.mode = "slow" if _uniform(request.layout.base, policy.seed) < policy.share else "fast"
-        elif policy.kind == "length":
-            decision.mode = "slow" if len(request.layout.base) > policy.length else "fast"
-            decision.threshold = float(policy.length)
-        elif difficulty is None:
-            decision.why, decision.fault = "fault", fault or "no difficulty"
-            return decision
-        elif policy.kind == "budget":
-            decision.mode, decision.threshold = self._within_budget(difficulty)
-            decision.why = "budget"
-        else:
-            decision.mode, decision.threshold = policy.target_of(difficulty)
-            decision.why = "difficulty"
-            if request.last not in (None, decision.mode) and request.last in policy.targets_near(difficulty):
-                decision.mode, decision.why = request.last, "margin"
-        if policy.shadow:
-            decision.proposed, decision.mode, decision.why = decision.mode, policy.fallback, "shadow"
-        return decision
-
-    def _within_budget(self, difficulty: float) -> tuple[Mode, float]:
-        """Slow for the hardest ``share`` of the last ``window`` requests, and never for more than that."""
-        policy = self.policy
-        with self._lock:
-            self._recent.append(difficulty)
-            threshold = float(np.quantile(np.array(self._recent), 1 - policy.share))
-            seen = len(self._recent)
-            older = list(self._recent_slow)[-(policy.window - 1) :] if policy.window > 1 else []
-            # Many may have the same difficulty: those at the threshold count, as far as the share goes.
-            slow = difficulty >= threshold and sum(older) + 1 <= np.ceil(policy.share * seen)
-            self._recent_slow.append(slow)
-        return ("slow" if slow else "fast"), threshold
-
     # ------------------------------------------------------------------ answering
 
     @overload
@@ -370,7 +223,7 @@ class Router:
         chosen = self._options(options, sampling)
         written = self.engine.generate(
             [TokenIds(tuple(r.layout.base)) for r in requests],
-            features=self._features(features),
+            features=with_confidence(self, features),
             options=chosen,
             prefix=prefix,
             keep_cache=keep_cache,
@@ -379,7 +232,7 @@ class Router:
             progress=False if single else progress,
         )
         routed = [
-            self._elsewhere(r, p, chosen, cancel) if r.decision.mode in self.targets else self._routed(r, g)
+            target_answer(self, r, p, chosen, cancel) if r.decision.mode in self.targets else routed_answer(self, r, g)
             for r, g, p in zip(requests, written, listed, strict=True)
         ]
         return routed[0] if single else routed
@@ -408,49 +261,14 @@ class Router:
         chosen = self._options(options, sampling)
         chunks = self.engine.stream(
             [TokenIds(tuple(r.layout.base)) for r in requests],
-            features=self._features(features),
+            features=with_confidence(self, features),
             options=chosen,
             prefix=prefix,
             keep_cache=keep_cache,
             steer=RouteSteer(self, requests, explain=explain),
             cancel=cancel,
         )
-        return self._pieces(chunks, requests, listed, chosen, cancel)
-
-    def _pieces(
-        self,
-        chunks: Iterator[Any],
-        requests: list[Request],
-        prompts: list[Prompt],
-        options: SamplingOptions,
-        cancel: CancelToken | None,
-    ) -> Iterator[RoutedChunk]:
-        count = [0] * len(requests)
-        tail: list[list[int]] = [[] for _ in requests]
-        thinking: list[bool | None] = [None] * len(requests)
-        for chunk in chunks:
-            i, token = chunk.index, chunk.token_id
-            request = requests[i]
-            if request.decision.mode in self.targets:
-                routed = self._elsewhere(request, prompts[i], options, cancel)
-                yield RoutedChunk(i, routed.text, None, "answer", False, routed)
-                continue
-            if thinking[i] is None:
-                thinking[i] = request.decision.mode == "slow" and self.closing.exists
-            switch = request.decision.switch
-            forced = False
-            if switch is not None and token is not None:
-                forced = switch.token <= count[i] < switch.token + switch.forced
-                if forced and count[i] == switch.token and switch.to == "slow":
-                    thinking[i], tail[i] = self.closing.exists, []
-            phase: Literal["thought", "answer"] = "thought" if thinking[i] else "answer"
-            if token is not None:
-                count[i] += 1
-                tail[i] = [*tail[i], token][-self.closing.width :]
-                if thinking[i] and self.closing.ends(tail[i]):
-                    thinking[i] = False
-            whole = None if chunk.generation is None else self._routed(request, chunk.generation)
-            yield RoutedChunk(i, chunk.text, token, phase, forced, whole)
+        return routed_pieces(self, chunks, requests, listed, chosen, cancel)
 
     async def agenerate(self, prompts: Any, **kwargs: Any) -> Routed | list[Routed]:
         """:meth:`generate` in a thread. Cancelling the task ends the work."""
@@ -507,40 +325,6 @@ class Router:
             "drift": None if report is None else report.model_dump(mode="json"),
         }
 
-    def note_fault(self, what: str, error: Exception, *, then: str | None = None, count: int = 1) -> str:
-        """Count a fault and log it in one line; returns it in words.
-
-        Args:
-            what: what could not be read.
-            error: why.
-            then: what is done about it; by default the fallback is taken.
-            count: requests that it befell.
-        """
-        text = fault_text(error)
-        with self._lock:
-            self.counts["faults"] += count
-        logger.warning(
-            "kvroute could not read %s%s (%s): %s.",
-            what,
-            f" of {count} requests" if count > 1 else "",
-            text,
-            then or f"{self.policy.fallback} thinking is used",
-        )
-        return text
-
-    def note_switch(self, by: int = 1) -> None:
-        """Count a switch; or take it back, where its answer is written again."""
-        with self._lock:
-            self.counts["switches"] += by
-
-    def _watch(self, seen: list[tuple[float, Vectors]]) -> None:
-        if self.drift is None or not seen:
-            return
-        try:
-            self.drift.update_many(np.array([d for d, _ in seen]), np.stack([v for _, v in seen]))
-        except Exception as error:  # noqa: BLE001 - watching must not cost an answer
-            self.note_fault("the drift reference", error, then="these requests are not watched")
-
     # ------------------------------------------------------------------ parts
 
     def _requests(
@@ -559,12 +343,6 @@ class Router:
         layouts = [self.thinking.layout(self.engine, p, template=template) for p in prompts]
         return [Request(layout, forced=m, last=last) for layout, m in zip(layouts, modes, strict=True)]
 
-    def _features(self, features: Any) -> Any:
-        if self.confidence is None:
-            return features
-        named = named_features(features)
-        return {**named, _CONFIDENCE: AnswerPooling(self.confidence.spec)}
-
     def _options(self, options: SamplingOptions | None, sampling: dict[str, Any]) -> SamplingOptions:
         if options is not None and sampling:
             raise InvalidInputError(f"Give options or {sorted(sampling)}, not both.")
@@ -577,58 +355,6 @@ class Router:
             return SamplingOptions(**{**base, **sampling})
         return self.options or SamplingOptions()
 
-    def _elsewhere(
-        self, request: Request, prompt: Prompt, options: SamplingOptions, cancel: CancelToken | None
-    ) -> Routed:
-        """The answer of another target."""
-        more = {} if cancel is None else {"cancel": cancel}
-        found = self.targets[request.decision.mode].generate(prompt, options=options, **more)
-        return _from_target(found, request.decision)
-
-    def _ask_target(
-        self, request: Request, prompts: Sequence[Prompt], options: SamplingOptions, cancel: CancelToken | None
-    ) -> list[Routed]:
-        """Another target's answers to prompts that share a decision."""
-        more = {} if cancel is None else {"cancel": cancel}
-        found = self.targets[request.decision.mode].generate(list(prompts), options=options, **more)
-        return [_from_target(one, request.decision) for one in found]
-
-    def _routed(self, request: Request, generation: Generation) -> Routed:
-        if not request.decision.mode:
-            undecided = "The work was cancelled before it was decided."
-            request.decision = Decision(self.policy.fallback, why="fault", policy=self.policy.kind, fault=undecided)
-        decision = request.decision
-        confidence: float | None = None
-        reason: str | None = None if self.confidence else "no confidence head was given"
-        if self.confidence is not None:
-            features, errors = dict(generation.features), dict(generation.feature_errors)
-            vector, reason = features.pop(_CONFIDENCE, None), errors.pop(_CONFIDENCE, "the answer has no features")
-            if vector is not None:
-                try:
-                    confidence, reason = float(finite(self.confidence.predict(vector[None]))[0]), None
-                except Exception as error:  # noqa: BLE001 - an answer is worth more than its confidence
-                    reason = self.note_fault("an answer's confidence", error, then="it has none")
-            generation = replace(generation, features=features, feature_errors=errors)
-        ended: Mode = "slow" if request.mode == "slow" and not request.closed else "fast"
-        thought, answer = self.thinking.split(generation.text, mode=ended)
-        return Routed(generation.text, thought, answer, decision, generation, confidence, reason)
-
-
-def _as_generation(found: Any) -> Generation:
-    if isinstance(found, Routed):
-        return found.generation
-    if isinstance(found, Generation):
-        return found
-    raise InvalidInputError(f"A target answers with a Generation or a Routed, not {type(found).__name__}.")
-
-
-def _from_target(found: Any, decision: Decision) -> Routed:
-    """What another target answered, with the decision that sent the prompt there."""
-    generation = _as_generation(found)
-    if isinstance(found, Routed):
-        return replace(found, decision=decision)
-    return Routed(generation.text, "", generation.text, decision, generation, None, "another model wrote the answer")
-
 
 def _found(policy: str) -> tuple[Policy, Path | None]:
     """A policy by kind, by file or by name; and the folder of its file."""
@@ -636,16 +362,3 @@ def _found(policy: str) -> tuple[Policy, Path | None]:
         return Policy(kind=cast(PolicyKind, policy)), None
     path = policy_path(policy)
     return Policy.load(path), path.parent
-
-
-def _one_each(found: Any, count: int) -> list[Any]:
-    listed = list(found)
-    if len(listed) != count:
-        raise InvalidInputError(f"{count} rows gave {len(listed)} results.")
-    return listed
-
-
-def _uniform(ids: Sequence[int], seed: int) -> float:
-    """A number in [0, 1) that depends on a prompt's tokens and a seed alone."""
-    digest = hashlib.sha256(f"{seed}:{','.join(map(str, ids))}".encode()).digest()
-    return int.from_bytes(digest[:7]) / 2**56

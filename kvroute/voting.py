@@ -17,6 +17,7 @@ from kvroute.decisions import Decision, Routed
 from kvroute.errors import InvalidInputError
 from kvroute.generation import CancelToken, Prompt, SamplingOptions, TokenIds, Usage, as_prompts
 from kvroute.route_steering import Request, RouteSteer, RouteSteering
+from kvroute.routed_answers import routed_answer, target_answers, with_confidence
 
 if TYPE_CHECKING:
     from kvroute.engines.steering import SteeredSession
@@ -343,7 +344,7 @@ def best_of(
     over = CancelToken(cancel)
     chunks = router.engine.stream(
         [TokenIds(tuple(poll.requests[0].layout.base)) for poll in polls for _ in range(n)],
-        features=router._features(None),
+        features=with_confidence(router, None),
         options=chosen,
         prefix=prefix,
         steer=_VoteSteer(router, polls, explain=explain),
@@ -357,13 +358,13 @@ def best_of(
         poll.usages.append(chunk.generation.usage)
         if poll.elsewhere:
             continue
-        routed = router._routed(poll.requests[index], chunk.generation)
+        routed = routed_answer(router, poll.requests[index], chunk.generation)
         poll.add(index, routed, read, weight(routed))
         if all(p.settled or p.elsewhere or len(p.found) == n for p in polls):
             over.cancel()
     for poll in polls:
         if poll.elsewhere:
-            found = router._ask_target(poll.requests[0], [poll.prompt] * n, chosen, cancel)
+            found = target_answers(router, poll.requests[0], [poll.prompt] * n, chosen, cancel)
             for index, routed in enumerate(found):
                 poll.usages.append(routed.usage)
                 poll.add(index, routed, read, weight(routed))
