@@ -58,15 +58,16 @@ def show_routing(console: Console, count: int, seed: int) -> None:
     always = router.generate(chats, mode="slow", max_tokens=192, progress=False)
     seconds_slow = time.perf_counter() - began
     table = Table(title=f"{count} questions, {router.policy.kind} policy beside always thinking", title_justify="left")
-    table.add_column("question", max_width=46, no_wrap=True)
-    for name in ("mode", "difficulty", "tokens", "right", "tokens\nslow", "right\nslow"):
-        table.add_column(name, justify="right")
+    table.add_column("question", max_width=24, no_wrap=True)
+    for name in ("mode", "diffi-\nculty", "tokens", "right", "slow:\ntokens", "right"):
+        table.add_column(name, justify="right", no_wrap=name == "mode")
     marks = {True: "[green]yes[/green]", False: "[red]no[/red]"}
     sums = [0, 0, 0, 0]
     for q, one, two in zip(questions, routed, always, strict=True):
         right = [check(a.answer, q.answer, "number").correct for a in (one, two)]
         switch = one.decision.switch
-        mode = one.decision.mode if switch is None else f"{one.decision.mode} to {switch.to} at {switch.token}"
+        turned = "" if switch is None else f", {'closed' if switch.to == 'fast' else 'opened'} at {switch.token}"
+        mode = one.decision.mode + turned
         tokens = [a.usage.generated for a in (one, two)]
         sums = [a + b for a, b in zip(sums, [tokens[0], right[0], tokens[1], right[1]], strict=True)]
         table.add_row(
