@@ -60,14 +60,15 @@ def show_routing(console: Console, count: int, seed: int) -> None:
     table = Table(title=f"{count} questions, {router.policy.kind} policy beside always thinking", title_justify="left")
     table.add_column("question", max_width=24, no_wrap=True)
     for name in ("mode", "diffi-\nculty", "tokens", "right", "slow:\ntokens", "right"):
-        table.add_column(name, justify="right", no_wrap=name == "mode")
+        table.add_column(name, justify="right", no_wrap=True)
     marks = {True: "[green]yes[/green]", False: "[red]no[/red]"}
     sums = [0, 0, 0, 0]
     for q, one, two in zip(questions, routed, always, strict=True):
         right = [check(a.answer, q.answer, "number").correct for a in (one, two)]
         switch = one.decision.switch
-        turned = "" if switch is None else f", {'closed' if switch.to == 'fast' else 'opened'} at {switch.token}"
-        mode = one.decision.mode + turned
+        mode = one.decision.mode
+        if switch is not None:
+            mode = f"{'closed' if switch.to == 'fast' else 'opened'} at {switch.token}"
         tokens = [a.usage.generated for a in (one, two)]
         sums = [a + b for a, b in zip(sums, [tokens[0], right[0], tokens[1], right[1]], strict=True)]
         table.add_row(
@@ -75,7 +76,7 @@ def show_routing(console: Console, count: int, seed: int) -> None:
             marks[right[1]],
         )  # fmt: skip
     table.add_section()
-    table.add_row("all", "", "", str(sums[0]), f"{sums[1]} of {count}", str(sums[2]), f"{sums[3]} of {count}")
+    table.add_row("all", "", "", str(sums[0]), str(sums[1]), str(sums[2]), str(sums[3]))
     console.print(table)
     console.print(
         f"{sums[2] - sums[0]} of {sums[2]} tokens saved ({1 - sums[0] / sums[2]:.0%}), {seconds:.2f} s instead of "
