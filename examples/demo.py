@@ -58,8 +58,8 @@ def show_routing(console: Console, count: int, seed: int) -> None:
     always = router.generate(chats, mode="slow", max_tokens=192, progress=False)
     seconds_slow = time.perf_counter() - began
     table = Table(title=f"{count} questions, {router.policy.kind} policy beside always thinking", title_justify="left")
-    table.add_column("question", max_width=24, no_wrap=True)
-    for name in ("mode", "diffi-\nculty", "tokens", "right", "slow:\ntokens", "right"):
+    table.add_column("question", max_width=18, no_wrap=True)
+    for name in ("mode", "d", "tokens", "right", "slow:\ntokens", "right"):
         table.add_column(name, justify="right", no_wrap=True)
     marks = {True: "[green]yes[/green]", False: "[red]no[/red]"}
     sums = [0, 0, 0, 0]
