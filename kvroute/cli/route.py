@@ -48,7 +48,9 @@ def command(
     confidence: Annotated[str | None, typer.Option(help="A folder with a head for answers: a confidence each.")] = None,
     mode: Annotated[str | None, typer.Option(help="Demand fast or slow.")] = None,
     prompt: Annotated[str, typer.Option(help="The user's message.")] = "{question}",
-    max_tokens: Annotated[int, typer.Option(help="At most so many tokens an answer.")] = 1024,
+    max_tokens: Annotated[
+        int | None, typer.Option(help="At most so many tokens an answer; by default 1,024, or half the context.")
+    ] = None,
     temperature: Annotated[float, typer.Option(help="0 takes the likeliest tokens.")] = 0.0,
     seed: Annotated[int, typer.Option(help="Of the sampling.")] = 0,
     shadow: Annotated[bool, typer.Option("--shadow", help="Decide and say so, and change nothing.")] = False,
@@ -75,6 +77,7 @@ def command(
         raise InvalidInputError(f"{file} holds no question.")
     prompts = [_prompt(row, prompt, file, number) for number, row in rows]
     engine = load_engine(model, dtype, device)
+    max_tokens = min(1024, engine.info.context // 2) if max_tokens is None else max_tokens
     router = Router(
         engine,
         policy,
