@@ -17,7 +17,7 @@ pytestmark = [pytest.mark.real, pytest.mark.slow]
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_quick_run_ends_with_json(script: str, tmp_path: Path) -> None:
-    command = [sys.executable, "-W", "ignore", str(ROOT / "benchmarks" / script), "--quick", "--json"]
+    command = [sys.executable, "-W", "ignore", str(ROOT / "benchmarks" / script), "--quick", "--json", "--seconds", "6"]
     ran = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False)
     assert ran.returncode == 0, ran.stderr[-3000:]
     found = json.loads(ran.stdout.splitlines()[-1])
