@@ -83,14 +83,19 @@ def cross_validate(
     )
 
 
-def expected_calibration_error(confidence: Floats, truth: Bools, bins: int = _BINS) -> float:
+def equal_bins(confidence: Floats, bins: int = _BINS) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
+    """Which of some bins of equal width each of ``[n]`` confidences in [0, 1] falls into."""
+    return np.minimum((confidence * bins).astype(np.int64), bins - 1)
+
+
+def expected_calibration_error(confidence: Floats, truth: Bools | Floats, bins: int = _BINS) -> float:
     """Mean over bins of equal width, weighted by their rows, of |mean confidence - share of right answers|.
 
     Args:
         confidence: ``[n]`` in [0, 1].
-        truth: ``[n]`` bool.
+        truth: ``[n]`` bool, or shares in [0, 1].
         bins: how many.
     """
-    place = np.minimum((confidence * bins).astype(np.int64), bins - 1)
+    place = equal_bins(confidence, bins)
     gaps = np.bincount(place, weights=confidence - truth.astype(np.float64), minlength=bins)
     return float(np.abs(gaps).sum() / len(truth))

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -11,7 +10,8 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal, overload
 
 from kvroute.decisions import Decision, Routed
-from kvroute.errors import InvalidInputError, KVRouteError
+from kvroute.engines.threads import call_in_thread
+from kvroute.errors import InvalidInputError, KVRouteError, fault_text
 from kvroute.generation import (
     CancelToken,
     Generation,
@@ -22,7 +22,6 @@ from kvroute.generation import (
     Usage,
     as_prompts,
 )
-from kvroute.route_steering import fault_text
 from kvroute.router import Answering, Router
 from kvroute.scores import SCORES
 from kvroute.self_evaluation import SelfEvaluator
@@ -223,8 +222,6 @@ class Cascade:
             As the steps' ``generate``. A judge's fault is no error: see ``missing``.
         """
         listed, single = as_prompts(prompts)
-        if isinstance(sampling.get("stop"), str):
-            sampling["stop"] = (sampling["stop"],)
         written = {**sampling} if options is None else {**sampling, "options": options}
         attempts: list[list[CascadeAttempt]] = [[] for _ in listed]
         kept: Any = None
@@ -260,14 +257,7 @@ class Cascade:
 
     async def agenerate(self, prompts: Any, **kwargs: Any) -> Cascaded | list[Cascaded]:
         """:meth:`generate` in a thread. Cancelling the task ends the work."""
-        cancel = CancelToken(kwargs.pop("cancel", None))
-        try:
-            found: Cascaded | list[Cascaded] = await asyncio.to_thread(
-                lambda: self.generate(prompts, cancel=cancel, **kwargs)
-            )
-        except asyncio.CancelledError:
-            cancel.cancel()
-            raise
+        found: Cascaded | list[Cascaded] = await call_in_thread(lambda **how: self.generate(prompts, **how), kwargs)
         return found
 
     # ------------------------------------------------------------------ parts

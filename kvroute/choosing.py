@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from kvroute.decisions import Decision
-from kvroute.errors import InvalidInputError
-from kvroute.route_steering import Request, fault_text, finite
+from kvroute.errors import InvalidInputError, fault_text
+from kvroute.route_steering import Request, finite
 from kvroute.thinking import Mode
 
 if TYPE_CHECKING:

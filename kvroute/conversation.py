@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from kvroute.decisions import Routed, RoutedChunk
-from kvroute.engines.threads import in_thread
+from kvroute.engines.threads import call_in_thread, in_thread
 from kvroute.generation import CancelToken, Message
 
 if TYPE_CHECKING:
@@ -103,12 +102,7 @@ class Conversation:
     async def asay(self, text: str, **kwargs: Any) -> Routed:
         """:meth:`say` in a thread. Cancelling the task ends the work, and the turn is not kept."""
         asked = self._asked(text)
-        cancel = CancelToken(kwargs.pop("cancel", None))
-        try:
-            routed = await asyncio.to_thread(lambda: self.router.generate(asked, cancel=cancel, **self._how(kwargs)))
-        except asyncio.CancelledError:
-            cancel.cancel()
-            raise
+        routed = await call_in_thread(lambda **how: self.router.generate(asked, **how), self._how(kwargs))
         return self._record(asked, routed)
 
     async def astream(self, text: str, **kwargs: Any) -> AsyncIterator[RoutedChunk]:

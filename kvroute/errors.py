@@ -16,6 +16,11 @@ class KVRouteError(Exception):
         super().__init__(message if hint is None else f"{message} {hint}")
 
 
+def fault_text(error: Exception) -> str:
+    """A fault in words, for a result that goes on without what failed."""
+    return str(error) if isinstance(error, KVRouteError) else f"{type(error).__name__}: {error}"
+
+
 class InvalidInputError(KVRouteError, ValueError):
     """An argument or a file holds something that can't be used."""
 

@@ -50,6 +50,26 @@ class SamplingOptions(_Spec):
     repetition_penalty: float | None = Field(default=None, gt=0, allow_inf_nan=False)
     """As in transformers; by default what the model's own generation config says."""
 
+    @classmethod
+    def chosen(
+        cls, options: SamplingOptions | None, sampling: Mapping[str, Any], default: SamplingOptions | None = None
+    ) -> SamplingOptions:
+        """Options given whole, or their fields as keywords over a default; one text for ``stop`` is a list of one.
+
+        Raises:
+            InvalidInputError: both were given.
+            SpecError: a field makes no sense.
+        """
+        if options is not None:
+            if sampling:
+                raise InvalidInputError(f"Give options or {sorted(sampling)}, not both.")
+            return options
+        fields = {} if default is None else default.model_dump()
+        fields.update(sampling)
+        if isinstance(fields.get("stop"), str):
+            fields["stop"] = (fields["stop"],)
+        return cls(**fields)
+
 
 @dataclass(frozen=True, slots=True)
 class Usage:

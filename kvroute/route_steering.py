@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from kvroute.decisions import Decision, Switch
-from kvroute.errors import InvalidInputError, KVRouteError
+from kvroute.errors import InvalidInputError
 from kvroute.thinking import Layout, Mode
 
 if TYPE_CHECKING:
@@ -228,8 +228,3 @@ def finite(numbers: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
     if not np.isfinite(found).all():
         raise InvalidInputError("The head gave NaN or infinity.")
     return found
-
-
-def fault_text(error: Exception) -> str:
-    """A fault in words."""
-    return str(error) if isinstance(error, KVRouteError) else f"{type(error).__name__}: {error}"

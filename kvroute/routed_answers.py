@@ -77,15 +77,8 @@ def target_answers(
 
 def _from_target(found: Any, decision: Decision) -> Routed:
     """What another target answered, with the decision that sent the prompt there."""
-    generation = _as_generation(found)
     if isinstance(found, Routed):
         return replace(found, decision=decision)
-    return Routed(generation.text, "", generation.text, decision, generation, None, "another model wrote the answer")
-
-
-def _as_generation(found: Any) -> Generation:
-    if isinstance(found, Routed):
-        return found.generation
     if isinstance(found, Generation):
-        return found
+        return Routed(found.text, "", found.text, decision, found, None, "another model wrote the answer")
     raise InvalidInputError(f"A target answers with a Generation or a Routed, not {type(found).__name__}.")

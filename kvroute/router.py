@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Protocol, Self, cast, get_args, overload
 
 from kvroute.choosing import Chooser
 from kvroute.decisions import Decision, Routed, RoutedChunk
-from kvroute.engines.threads import in_thread
+from kvroute.engines.threads import call_in_thread, in_thread
 from kvroute.errors import InvalidInputError
 from kvroute.generation import CancelToken, Message, Prompt, SamplingOptions, TokenIds, as_prompts
 from kvroute.heads.head import DifficultyHead
@@ -272,14 +272,7 @@ class Router(Chooser):
 
     async def agenerate(self, prompts: Any, **kwargs: Any) -> Routed | list[Routed]:
         """:meth:`generate` in a thread. Cancelling the task ends the work."""
-        cancel = CancelToken(kwargs.pop("cancel", None))
-        try:
-            found: Routed | list[Routed] = await asyncio.to_thread(
-                lambda: self.generate(prompts, cancel=cancel, **kwargs)
-            )
-        except asyncio.CancelledError:
-            cancel.cancel()
-            raise
+        found: Routed | list[Routed] = await call_in_thread(lambda **how: self.generate(prompts, **how), kwargs)
         return found
 
     async def astream(self, prompts: Any, **kwargs: Any) -> AsyncIterator[RoutedChunk]:
@@ -302,14 +295,7 @@ class Router(Chooser):
 
     async def abest_of(self, prompts: Any, n: int = 5, **options: Any) -> Voted | list[Voted]:
         """:meth:`best_of` in a thread. Cancelling the task ends the work."""
-        cancel = CancelToken(options.pop("cancel", None))
-        try:
-            found: Voted | list[Voted] = await asyncio.to_thread(
-                lambda: self.best_of(prompts, n, cancel=cancel, **options)
-            )
-        except asyncio.CancelledError:
-            cancel.cancel()
-            raise
+        found: Voted | list[Voted] = await call_in_thread(lambda **how: self.best_of(prompts, n, **how), options)
         return found
 
     # ------------------------------------------------------------------ account
@@ -343,17 +329,8 @@ class Router(Chooser):
         layouts = [self.thinking.layout(self.engine, p, template=template) for p in prompts]
         return [Request(layout, forced=m, last=last) for layout, m in zip(layouts, modes, strict=True)]
 
-    def _options(self, options: SamplingOptions | None, sampling: dict[str, Any]) -> SamplingOptions:
-        if options is not None and sampling:
-            raise InvalidInputError(f"Give options or {sorted(sampling)}, not both.")
-        if isinstance(sampling.get("stop"), str):
-            sampling["stop"] = (sampling["stop"],)
-        if options is not None:
-            return options
-        if sampling:
-            base = self.options.model_dump() if self.options else {}
-            return SamplingOptions(**{**base, **sampling})
-        return self.options or SamplingOptions()
+    def _options(self, options: SamplingOptions | None, sampling: Mapping[str, Any]) -> SamplingOptions:
+        return SamplingOptions.chosen(options, sampling, self.options)
 
 
 def _found(policy: str) -> tuple[Policy, Path | None]:

@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass
 
 import numpy as np
 
+from kvroute.calibration_metrics import equal_bins, expected_calibration_error
 from kvroute.confidence_maps import Bools, Floats, fit_map
 from kvroute.errors import InvalidInputError
 from kvroute.label_rows import LabelRow
@@ -187,8 +188,8 @@ def _normal_quantile(level: float) -> float:
 
 def calibration_error(probability: Floats, right: Floats, bins: int = _BINS) -> float:
     """Mean over bins of equal width, weighted by their rows, of |mean probability - share right|."""
-    place = _bin(probability, bins)
-    return float(np.abs(np.bincount(place, weights=probability - right, minlength=bins)).sum() / len(right))
+    _check_probability(probability)
+    return expected_calibration_error(probability, right, bins)
 
 
 def reliability(
@@ -202,7 +203,8 @@ def reliability(
         bins: how many.
         level: of the intervals.
     """
-    place = _bin(probability, bins)
+    _check_probability(probability)
+    place = equal_bins(probability, bins)
     found = []
     for b in np.unique(place):
         inside = place == b
@@ -222,7 +224,6 @@ def wilson(share: float, rows: int, level: float = 0.95) -> tuple[float, float]:
     return float(max(0.0, (centre - half) / scale)), float(min(1.0, (centre + half) / scale))
 
 
-def _bin(probability: Floats, bins: int) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
+def _check_probability(probability: Floats) -> None:
     if not ((probability >= 0) & (probability <= 1)).all():
         raise InvalidInputError("Probabilities lie in [0, 1].")
-    return np.minimum((probability * bins).astype(np.int64), bins - 1)

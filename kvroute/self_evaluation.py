@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from kvroute.engines.threads import call_in_thread
 from kvroute.errors import EmptyTextError, InvalidInputError, TextTooLongError
 from kvroute.evaluation import Evaluation
 from kvroute.features import AnswerPooling, FeatureRequest
@@ -168,12 +169,7 @@ class SelfEvaluator:
         progress: bool | None = None,
     ) -> list[Evaluation]:
         """:meth:`score_many` in a thread. Cancelling the task ends the work after the batch that is being run."""
-        cancel = CancelToken()
-        try:
-            return await asyncio.to_thread(self._evaluate, rows, scores, finish_reason, progress, cancel)
-        except asyncio.CancelledError:
-            cancel.cancel()
-            raise
+        return await call_in_thread(lambda cancel: self._evaluate(rows, scores, finish_reason, progress, cancel), {})
 
     @property
     def features(self) -> dict[str, FeatureRequest]:

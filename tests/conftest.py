@@ -69,6 +69,39 @@ def hybrid_engine(request: pytest.FixtureRequest, _engines: Callable[[str], Tran
 
 
 @pytest.fixture(scope="session")
+def tiny_folder(
+    tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: PreTrainedTokenizerFast
+) -> Callable[[str], str]:
+    """``tiny_folder(architecture)``: where a tiny random model and its tokenizer are saved, for commands. Shared."""
+    saved: dict[str, str] = {}
+
+    def folder(architecture: str) -> str:
+        if architecture not in saved:
+            path = tmp_path_factory.mktemp(f"tiny-{architecture}")
+            build_model(architecture).save_pretrained(path)
+            tiny_tokenizer.save_pretrained(path)
+            saved[architecture] = str(path)
+        return saved[architecture]
+
+    return folder
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
+    """``run(*arguments)``: exit code, standard output and standard error of a command."""
+    from kvroute.cli import main
+
+    def call(*arguments: object) -> tuple[int, str, str]:
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            main([str(a) for a in arguments])
+        out, err = capsys.readouterr()
+        return int(ended.value.code or 0), out, err
+
+    return call
+
+
+@pytest.fixture(scope="session")
 def smollm2() -> TransformersEngine:
     """The real SmolLM2-135M-Instruct in float32. Tests that use it are marked ``real``."""
     return TransformersEngine.from_pretrained("smollm2", dtype=torch.float32)

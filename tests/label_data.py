@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
-from kvroute.label_rows import PARTS, Attempt, Checkpoint, LabelMeta, LabelRow, Part
+from kvroute import PoolingSpec, TransformersEngine
+from kvroute.confidence_maps import fit_map
+from kvroute.heads import DifficultyHead
+from kvroute.heads.fitting import Rows, fit_ridge
+from kvroute.label_rows import PARTS, Attempt, Checkpoint, LabelMeta, LabelRow, Part, usable
 from kvroute.thinking import Mode, ThinkingMode
 
 _SHARES = {"train": 0.5, "validation": 0.25, "calibration": 0.05, "test": 0.2}
@@ -73,4 +78,18 @@ def _attempt(rng: Any, mode: Mode, correct: bool, shuffle: bool) -> Attempt:
     return Attempt(
         mode=mode, text="text", token_ids=ids, thought_tokens=0, answer="1", correct=correct, readable=True,
         finish_reason="stop", checkpoints=points,
+    )  # fmt: skip
+
+
+def ridge_head(engine: TransformersEngine, rows: Sequence[LabelRow], spec: PoolingSpec) -> DifficultyHead:
+    """A ridge on the train rows' prompts, with its probability from validation rows."""
+    parts = [usable(rows, "train"), usable(rows, "validation")]
+    x, held = (engine.pool([list(r.prompt_ids) for r in part], [spec], progress=False)[0] for part in parts)
+    labels = np.array([r.label for r in parts[0]], dtype=float)
+    predictor = fit_ridge(Rows(x, labels / 100), None, {"alpha": 0.1}).model
+    right = np.array([r.fast_right for r in parts[1]]) > 0.5
+    return DifficultyHead(
+        spec=spec, target="difficulty", predictor=predictor,
+        map=fit_map(predictor(held)[:, None] * 100, right, "isotonic"), model=engine.info.name,
+        fingerprint=engine.info.fingerprint, data_hash="abc",
     )  # fmt: skip

@@ -19,6 +19,7 @@ from kvroute.cli.common import (
     Quiet,
     Restart,
     load_engine,
+    messages_in,
     print_json,
     work_to_run,
     work_to_stdout,
@@ -124,10 +125,11 @@ def command(
 
 
 def _prompt(row: dict[str, Any], template: str, file: str | None, number: int) -> Prompt:
-    if "messages" in row:
-        found: Prompt = row["messages"]
-        return found
-    return [{"role": "user", "content": template.replace("{question}", text_field(row, "question", file, number))}]
+    messages = messages_in(row, file, number)
+    if messages is not None:
+        return messages
+    question = text_field(row, "question", file, number)
+    return [{"role": "user", "content": template.replace("{question}", question)}]
 
 
 def _checked(row: dict[str, Any], result: dict[str, Any]) -> dict[str, Any]:

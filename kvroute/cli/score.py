@@ -21,6 +21,7 @@ from kvroute.cli.common import (
     Restart,
     load_calibrator,
     load_engine,
+    messages_in,
     names_in,
     print_json,
     work_to_run,
@@ -99,12 +100,8 @@ def command(
 
 
 def _prompt(row: dict[str, Any], file: str, number: int) -> Any:
-    if "messages" in row:
-        messages = row["messages"]
-        if not isinstance(messages, list) or not messages or not all(isinstance(m, dict) for m in messages):
-            raise InvalidInputError(f"{file}, line {number}: messages is not a list of objects.")
-        return messages
-    return text_field(row, "prompt", file, number)
+    messages = messages_in(row, file, number)
+    return messages if messages is not None else text_field(row, "prompt", file, number)
 
 
 def _finish(row: dict[str, Any], file: str, number: int) -> Any:

@@ -21,7 +21,7 @@ from kvroute.engines.sampling import Sampler, end_tokens
 from kvroute.engines.slab import SlabCache
 from kvroute.engines.steering import Steering
 from kvroute.engines.text import TextStream
-from kvroute.errors import KVRouteError
+from kvroute.errors import fault_text
 from kvroute.features import FeaturePlan
 from kvroute.generation import FinishReason, Generation, SamplingOptions, Timings, Usage
 from kvroute.pooling import PoolingSpec, pool
@@ -152,9 +152,9 @@ class DecodeSession:
         """Run the prompts; leaves the logits of the first tokens and the prompts' features."""
         room = min(self.options.max_tokens, _SPARE)
         self.cache = SlabCache(self.model.config, capacity=self.width + room)
-        firsts: dict[tuple[int, ...], int] = {}
-        source = [firsts.setdefault(tuple(r.prompt), i) for i, r in enumerate(self.rows)]
-        unique = list(firsts.values())
+        place: dict[tuple[int, ...], int] = {}  # of each prompt among those that are run
+        source = [place.setdefault(tuple(r.prompt), len(place)) for r in self.rows]
+        unique = [source.index(p) for p in range(len(place))] if len(place) < len(self.rows) else source
         shared = 0
         if self.prefix is not None:
             shared = min(min(self.prefix.common(r.prompt), len(r.prompt) - 1) for r in self.rows)
@@ -175,12 +175,13 @@ class DecodeSession:
         self.padding = everyone[torch.tensor(unique, device=self.device)]
         self._forward(torch.tensor(ids, device=self.device), torch.tensor(positions, device=self.device))
         if len(unique) < len(self.rows):
-            copies = torch.tensor([unique.index(i) for i in source], device=self.device)
+            copies = torch.tensor(source, device=self.device)
             self.cache.select_sequences(copies)
             self.logits = self.logits[copies]
-            for i, first in enumerate(source):
-                if first != i:
-                    self.rows[i].cached = len(self.rows[i].prompt)
+            ran = set(unique)
+            for i, row in enumerate(self.rows):
+                if i not in ran:
+                    row.cached = len(row.prompt)
         self.padding = everyone
         self.prefilled = True
         self.prefill_seconds = time.perf_counter() - self.started
@@ -258,12 +259,9 @@ class DecodeSession:
         for r, token in zip(due, tokens, strict=True):
             row = self.rows[r]
             row.noted += 1
-            row.tokens.append(token)
-            piece = row.text.push(token) if self.follow_text and token not in self.ends else ""
-            if token in self.ends or row.text.stopped:
+            piece = self._add(row, token)
+            if token in self.ends:
                 row.finish = "stop"
-            elif len(row.tokens) >= self.options.max_tokens:
-                row.finish = "length"
             if row.finish and self.follow_text:
                 piece += row.text.finish()
             events.append((r, token, piece))
@@ -276,14 +274,18 @@ class DecodeSession:
             for token in forced:
                 if row.finish:
                     break
-                row.tokens.append(token)
-                piece = row.text.push(token) if self.follow_text and token not in self.ends else ""
-                events.append((r, token, piece))
-                if row.text.stopped:
-                    row.finish = "stop"
-                elif len(row.tokens) >= self.options.max_tokens:
-                    row.finish = "length"
+                events.append((r, token, self._add(row, token)))
         return events + self._end_stopped()
+
+    def _add(self, row: _Row, token: int) -> str:
+        """Put a token behind a row, which may end it; returns the text that can be shown now."""
+        row.tokens.append(token)
+        piece = row.text.push(token) if self.follow_text and token not in self.ends else ""
+        if row.text.stopped:
+            row.finish = "stop"
+        elif len(row.tokens) >= self.options.max_tokens:
+            row.finish = "length"
+        return piece
 
     def _end_stopped(self) -> list[Event]:
         """Close answers that were ended by a steering: what is left of their text."""
@@ -452,7 +454,7 @@ class DecodeSession:
                 for r in rows:
                     self._guard([r], name, work)
                 return
-            message = str(error) if isinstance(error, KVRouteError) else f"{type(error).__name__}: {error}"
+            message = fault_text(error)
             logger.warning("The feature %r is missing: %s", name, message)
             self.errors[rows[0]].setdefault(name, message)
         self.feature_seconds += time.perf_counter() - began

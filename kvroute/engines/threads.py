@@ -1,16 +1,31 @@
-"""A blocking iterator, read from an event loop."""
+"""Blocking work, from an event loop: a call, and an iterator."""
 
 from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from contextlib import suppress
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from kvroute.generation import CancelToken
 
 T = TypeVar("T")
+
+
+async def call_in_thread(work: Callable[..., T], arguments: Mapping[str, Any]) -> T:
+    """Make a call in a thread. Cancelling the task ends the work.
+
+    Args:
+        work: takes the arguments, and ``cancel``.
+        arguments: by name; a ``cancel`` among them ends the work too.
+    """
+    cancel = CancelToken(arguments.get("cancel"))
+    try:
+        return await asyncio.to_thread(work, **{**arguments, "cancel": cancel})
+    except asyncio.CancelledError:
+        cancel.cancel()
+        raise
 
 
 async def in_thread(items: Iterator[T], cancel: CancelToken) -> AsyncIterator[T]:

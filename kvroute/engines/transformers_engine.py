@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import AsyncIterator, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Self, overload
@@ -17,7 +16,7 @@ from kvroute.engines.reader import TransformersReader
 from kvroute.engines.sampling import random_streams
 from kvroute.engines.slab import SlabCache
 from kvroute.engines.steering import Steer
-from kvroute.engines.threads import in_thread
+from kvroute.engines.threads import call_in_thread, in_thread
 from kvroute.errors import InvalidInputError, OutOfMemoryError, UnsupportedModelError
 from kvroute.features import FeaturePlan, Features, plan_features
 from kvroute.generation import (
@@ -234,12 +233,7 @@ class TransformersEngine(TransformersReader):
 
     async def agenerate(self, prompts: Any, **kwargs: Any) -> Generation | list[Generation]:
         """:meth:`generate` in a thread. Cancelling the task ends the work."""
-        cancel = CancelToken(kwargs.pop("cancel", None))
-        try:
-            return await asyncio.to_thread(lambda: self.generate(prompts, cancel=cancel, **kwargs))
-        except asyncio.CancelledError:
-            cancel.cancel()
-            raise
+        return await call_in_thread(lambda **how: self.generate(prompts, **how), kwargs)
 
     async def astream(self, prompts: Any, **kwargs: Any) -> AsyncIterator[GenerationChunk]:
         """:meth:`stream` in a thread. Leaving the loop or cancelling the task ends the work."""
@@ -258,11 +252,7 @@ class TransformersEngine(TransformersReader):
         reserve: int = 0,
     ) -> tuple[list[list[int]], FeaturePlan, SamplingOptions]:
         """Check everything before anything runs."""
-        if options is not None and sampling:
-            raise InvalidInputError(f"Give options or {sorted(sampling)}, not both.")
-        if isinstance(sampling.get("stop"), str):
-            sampling["stop"] = (sampling["stop"],)
-        chosen = options or SamplingOptions(**sampling)
+        chosen = SamplingOptions.chosen(options, sampling)
         if prefix is not None:
             self._info.require(prefix.fingerprint, "The prefix", prefix.name)
         plan = plan_features(features)

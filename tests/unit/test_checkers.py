@@ -16,9 +16,6 @@ from kvroute.checkers import CHECKERS, CheckResult, check, number_within
 from kvroute.errors import InvalidInputError, MissingExtraError
 from kvroute.latex_checker import LatexChecker, final_math, normal
 
-needs_math_verify = pytest.mark.skipif(importlib.util.find_spec("math_verify") is None, reason="math-verify is absent")
-
-
 # ---------------------------------------------------------------------- where the answer stands
 
 
@@ -334,7 +331,6 @@ def latex() -> Any:
     checker.close()
 
 
-@needs_math_verify
 @pytest.mark.parametrize(
     ("text", "answer", "right"),
     [
@@ -357,7 +353,6 @@ def test_formulas(latex: LatexChecker, text: str, answer: str, right: bool) -> N
     assert (result.correct, result.readable) == (right, True)
 
 
-@needs_math_verify
 def test_formulas_that_cannot_be_read(latex: LatexChecker) -> None:
     for text in ("", "hmm", "\\boxed{", "x" * 3000):
         assert latex(text, "5") == CheckResult.unreadable()
@@ -365,7 +360,6 @@ def test_formulas_that_cannot_be_read(latex: LatexChecker) -> None:
         latex("5", " ")
 
 
-@needs_math_verify
 def test_a_formula_that_takes_forever_is_stopped_and_the_next_one_is_read() -> None:
     checker = LatexChecker(time_limit=1.0)
     assert checker(r"\boxed{1+1}", "2").correct  # the worker has started
@@ -379,7 +373,6 @@ def test_a_formula_that_takes_forever_is_stopped_and_the_next_one_is_read() -> N
     checker.close()
 
 
-@needs_math_verify
 def test_a_worker_that_dies_is_replaced() -> None:
     checker = LatexChecker()
     assert checker(r"\boxed{1+1}", "2").correct
@@ -397,6 +390,5 @@ def test_formulas_need_math_verify(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_limits_are_checked() -> None:
-    if importlib.util.find_spec("math_verify") is not None:
-        with pytest.raises(InvalidInputError, match="positive"):
-            LatexChecker(time_limit=0)
+    with pytest.raises(InvalidInputError, match="positive"):
+        LatexChecker(time_limit=0)

@@ -6,34 +6,26 @@ import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import pytest
 
 from kvroute import PoolingSpec, TransformersEngine
 from kvroute.candidates import Baseline, one_step_candidate, run_candidate
-from kvroute.cli import main
-from kvroute.confidence_maps import fit_map
 from kvroute.drift import DriftMonitor
 from kvroute.guarantee import Certificate
 from kvroute.heads import DifficultyHead
-from kvroute.heads.fitting import Rows, fit_ridge
 from kvroute.label_rows import LabelRow, usable, write_meta
 from kvroute.policy import Policy
 from kvroute.router import Router
-from label_data import label_meta, label_rows
+from label_data import label_meta, label_rows, ridge_head
 
 SPEC = PoolingSpec(layers="all", part="v", heads="concat", layer_reduce="concat")
 Run = Callable[..., tuple[int, str, str]]
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory, tiny_model: Callable[..., Any], tiny_tokenizer: Any) -> str:
-    folder = tmp_path_factory.mktemp("model")
-    tiny_model("llama").save_pretrained(folder)
-    tiny_tokenizer.save_pretrained(folder)
-    return str(folder)
+def model(tiny_folder: Callable[[str], str]) -> str:
+    return tiny_folder("llama")
 
 
 @pytest.fixture(scope="module")
@@ -50,16 +42,7 @@ def rows() -> list[LabelRow]:
 
 @pytest.fixture(scope="module")
 def head(engine: TransformersEngine, rows: list[LabelRow]) -> DifficultyHead:
-    parts = [usable(rows, "train"), usable(rows, "validation")]
-    x, held = (engine.pool([list(r.prompt_ids) for r in part], [SPEC], progress=False)[0] for part in parts)
-    labels = np.array([r.label for r in parts[0]], dtype=float)
-    predictor = fit_ridge(Rows(x, labels / 100), None, {"alpha": 0.1}).model
-    right = np.array([r.fast_right for r in parts[1]]) > 0.5
-    curve = fit_map(predictor(held)[:, None] * 100, right, "isotonic")
-    made = DifficultyHead(
-        spec=SPEC, target="difficulty", predictor=predictor, map=curve, model=engine.info.name,
-        fingerprint=engine.info.fingerprint, data_hash="abc",
-    )  # fmt: skip
+    made = ridge_head(engine, rows, SPEC)
     return replace(made, windows=made)
 
 
@@ -73,18 +56,6 @@ def files(
     write_meta(labels, label_meta(engine, max_tokens={"fast": 24, "slow": 48}))
     head.save(folder / "heads/easy")
     return folder
-
-
-@pytest.fixture
-def run(capsys: pytest.CaptureFixture[str]) -> Run:
-    def call(*arguments: object) -> tuple[int, str, str]:
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as ended:
-            main([str(a) for a in arguments])
-        out, err = capsys.readouterr()
-        return int(ended.value.code or 0), out, err
-
-    return call
 
 
 def arguments(files: Path, model: str, out: Path, *more: object) -> list[object]:

@@ -11,25 +11,20 @@ import numpy as np
 import pytest
 
 from kvroute import PoolingSpec, TransformersEngine, evaluate_head, routing_baselines
-from kvroute.cli import main
 from kvroute.errors import InvalidInputError, ModelLoadError, ModelMismatchError
 from kvroute.heads import DifficultyHead
-from kvroute.heads.fitting import Rows, fit_ridge
 from kvroute.label_rows import LabelRow, usable, write_meta
 from kvroute.routing_curves import Modes, choose_threshold, hull_thresholds
 from kvroute.routing_intervals import Resamples, at_equal_accuracy
 from kvroute.routing_metrics import auroc_interval, fast_probability
-from label_data import label_meta, label_rows
+from label_data import label_meta, label_rows, ridge_head
 
 SPEC = PoolingSpec(layers="all", part="v", heads="concat", layer_reduce="concat")
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory, tiny_model: Callable[..., Any], tiny_tokenizer: Any) -> str:
-    folder = tmp_path_factory.mktemp("model")
-    tiny_model("llama").save_pretrained(folder)
-    tiny_tokenizer.save_pretrained(folder)
-    return str(folder)
+def model(tiny_folder: Callable[[str], str]) -> str:
+    return tiny_folder("llama")
 
 
 @pytest.fixture(scope="module")
@@ -44,18 +39,7 @@ def rows() -> list[LabelRow]:
 
 @pytest.fixture(scope="module")
 def head(engine: TransformersEngine, rows: list[LabelRow]) -> DifficultyHead:
-    """A ridge on the train rows, with its probability from validation rows."""
-    from kvroute.confidence_maps import fit_map
-
-    parts = [usable(rows, "train"), usable(rows, "validation")]
-    x, held = (engine.pool([list(r.prompt_ids) for r in part], [SPEC], progress=False)[0] for part in parts)
-    labels = np.array([r.label for r in parts[0]], dtype=float)
-    predictor = fit_ridge(Rows(x, labels / 100), None, {"alpha": 0.1}).model
-    curve = fit_map(predictor(held)[:, None] * 100, Modes.of(parts[1]).fast.right > 0.5, "isotonic")
-    return DifficultyHead(
-        spec=SPEC, target="difficulty", predictor=predictor, map=curve, model=engine.info.name,
-        fingerprint=engine.info.fingerprint, data_hash="abc",
-    )  # fmt: skip
+    return ridge_head(engine, rows, SPEC)
 
 
 @pytest.fixture
@@ -65,18 +49,6 @@ def files(tmp_path: Path, rows: list[LabelRow], head: DifficultyHead, engine: Tr
     write_meta(labels, label_meta(engine))
     head.save(tmp_path / "heads/easy")
     return tmp_path
-
-
-@pytest.fixture
-def run(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
-    def call(*arguments: object) -> tuple[int, str, str]:
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as ended:
-            main([str(a) for a in arguments])
-        out, err = capsys.readouterr()
-        return int(ended.value.code or 0), out, err
-
-    return call
 
 
 Run = Callable[..., tuple[int, str, str]]

@@ -13,7 +13,6 @@ from typing import Any
 import pytest
 
 from kvroute import TransformersEngine, label_questions, read_labels
-from kvroute.cli import main
 from kvroute.label_rows import meta_path, usable
 from kvroute.questions import read_questions
 from kvroute.rows import parse_jsonl
@@ -24,23 +23,8 @@ SMALL = ("--max-fast", 6, "--max-slow", 12, "-q")
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory, tiny_model: Callable[..., Any], tiny_tokenizer: Any) -> str:
-    folder = tmp_path_factory.mktemp("model")
-    tiny_model("llama").save_pretrained(folder)
-    tiny_tokenizer.save_pretrained(folder)
-    return str(folder)
-
-
-@pytest.fixture
-def run(capsys: pytest.CaptureFixture[str]) -> Run:
-    def call(*arguments: object) -> tuple[int, str, str]:
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as ended:
-            main([str(a) for a in arguments])
-        out, err = capsys.readouterr()
-        return int(ended.value.code or 0), out, err
-
-    return call
+def model(tiny_folder: Callable[[str], str]) -> str:
+    return tiny_folder("llama")
 
 
 def question(i: int, **other: Any) -> dict[str, Any]:

@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 
 from kvroute import DifficultyHead, Policy, PoolingSpec, Router, TransformersEngine
-from kvroute.cli import main
 from kvroute.confidence_maps import LogisticMap
 from kvroute.heads.fitting import FITS, SETTINGS, Rows
 
@@ -23,11 +22,8 @@ Run = Callable[..., tuple[int, str, str]]
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory, tiny_model: Callable[..., Any], tiny_tokenizer: Any) -> str:
-    folder = tmp_path_factory.mktemp("model")
-    tiny_model("qwen3").save_pretrained(folder)
-    tiny_tokenizer.save_pretrained(folder)
-    return str(folder)
+def model(tiny_folder: Callable[[str], str]) -> str:
+    return tiny_folder("qwen3")
 
 
 @pytest.fixture(scope="module")
@@ -57,18 +53,6 @@ def policy(tmp_path_factory: pytest.TempPathFactory, engine: TransformersEngine)
     ).save(folder / "head")
     Policy(kind="one-step", head="head", tau=50.0).save(folder / "mine.json")
     return folder / "mine.json"
-
-
-@pytest.fixture
-def run(capsys: pytest.CaptureFixture[str]) -> Run:
-    def call(*arguments: object) -> tuple[int, str, str]:
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as ended:
-            main([str(a) for a in arguments])
-        out, err = capsys.readouterr()
-        return int(ended.value.code or 0), out, err
-
-    return call
 
 
 @pytest.fixture

@@ -5,12 +5,10 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from kvroute import DifficultyHead, ModelInfo, SelfEvaluator, TransformersEngine
-from kvroute.cli import main
 from kvroute.files import read_json
 from kvroute.label_rows import write_meta
 from label_data import label_meta, label_rows
@@ -19,11 +17,8 @@ Run = Callable[..., tuple[int, str, str]]
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory, tiny_model: Callable[..., Any], tiny_tokenizer: Any) -> str:
-    folder = tmp_path_factory.mktemp("model")
-    tiny_model("llama").save_pretrained(folder)
-    tiny_tokenizer.save_pretrained(folder)
-    return str(folder)
+def model(tiny_folder: Callable[[str], str]) -> str:
+    return tiny_folder("llama")
 
 
 @pytest.fixture(scope="module")
@@ -37,18 +32,6 @@ def labels(model: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     path.write_text("".join(r.model_dump_json() + "\n" for r in label_rows(240)))
     write_meta(path, label_meta(TransformersEngine.from_pretrained(model)))
     return path
-
-
-@pytest.fixture
-def run(capsys: pytest.CaptureFixture[str]) -> Run:
-    def call(*arguments: object) -> tuple[int, str, str]:
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as ended:
-            main([str(a) for a in arguments])
-        out, err = capsys.readouterr()
-        return int(ended.value.code or 0), out, err
-
-    return call
 
 
 def test_a_head_is_trained_and_saved(run: Run, model: str, labels: Path, info: ModelInfo, tmp_path: Path) -> None:
