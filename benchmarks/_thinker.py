@@ -7,9 +7,12 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from _harness import Figure, judge
 from kvroute import TransformersEngine
 from kvroute.label_rows import LabelMeta, LabelRow, Part, read_labels, write_meta
-from kvroute.labelling import Labeller, Question, read_questions
+from kvroute.labelling import Labeller
+from kvroute.questions import Question, read_questions
+from kvroute.routing_intervals import Estimate
 from kvroute.rows import PartialRun
 
 ROOT = Path(__file__).parents[1]
@@ -25,8 +28,14 @@ def engine(folder: str | Path | None = None) -> TransformersEngine:
     return TransformersEngine.from_pretrained(str(folder or FOLDER / "model"), dtype="float32", token_budget=8192)
 
 
+def figure(estimate: Estimate, must: str | None, rows: int) -> Figure:
+    """An estimate over rows as a figure."""
+    value, low, high = (float("nan") if v is None else v for v in (estimate.value, estimate.low, estimate.high))
+    return Figure(value, low, high, must, judge(low, high, must), rows)
+
+
 def questions(n: int, seed: int) -> list[Question]:
-    """Different questions, none of which the model was trained on (that draws its own as it goes)."""
+    """Different questions (training draws its own as it goes)."""
     if str(FOLDER) not in sys.path:
         sys.path.insert(0, str(FOLDER))
     from questions import make_questions

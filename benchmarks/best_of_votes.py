@@ -14,12 +14,13 @@ from pathlib import Path
 import numpy as np
 
 import _thinker
-from _harness import Figure, add_common_arguments, figure_table, finish, judge, table
+from _harness import Figure, add_common_arguments, figure_table, finish, table
 from kvroute import Router, SamplingOptions
 from kvroute.checkers import check
 from kvroute.heads.search import SearchOptions
 from kvroute.heads.training import train_head
 from kvroute.label_rows import Part
+from kvroute.routing_intervals import Resamples
 from kvroute.voting import Voted
 
 
@@ -63,19 +64,13 @@ def main() -> None:
         ["votes", "right", "tokens computed"],
         [[name, f"{right[name].mean():.3f}", f"{tokens[name].mean():.1f}"] for name in sides],
     ))  # fmt: skip
-    rng = np.random.default_rng(arguments.seed)
-    drawn = rng.integers(0, len(asked), (2000, len(asked)))
-
-    def figure(value: float, values: np.ndarray, must: str | None = None) -> Figure:  # type: ignore[type-arg]
-        low, high = np.quantile(values, [0.025, 0.975])
-        return Figure(value, float(low), float(high), must, judge(float(low), float(high), must), len(asked))
+    drawn = Resamples(len(asked), seed=arguments.seed)
 
     def difference(a: str, b: str) -> Figure:
-        values = 100 * (right[a] - right[b])
-        return figure(float(values.mean()), values[drawn].mean(axis=1))
+        return _thinker.figure(drawn.estimate(lambda mean: 100 * mean(right[a] - right[b])), None, len(asked))
 
     def ratio(a: np.ndarray, b: np.ndarray) -> Figure:  # type: ignore[type-arg]
-        return figure(float(a.sum() / b.sum()), a[drawn].sum(axis=1) / b[drawn].sum(axis=1))
+        return _thinker.figure(drawn.estimate(lambda mean: mean(a) / mean(b)), None, len(asked))
 
     figures = {
         "majority_points_over_one_sample": difference("majority", "one sample"),

@@ -16,7 +16,6 @@ import argparse
 import hashlib
 import json
 import math
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,16 +27,16 @@ import _thinker
 from _harness import Figure, add_common_arguments, exact, figure_table, finish, judge, table
 from kvroute.bounds import binomial_lower, binomial_upper
 from kvroute.candidates import Baseline, Candidate, one_step_grid
-from kvroute.files import read_tensors, write_tensors, write_whole
+from kvroute.files import read_tensors, write_tensors
 from kvroute.guarantee import AtMostLoss, certify
 
 if TYPE_CHECKING:
     from kvroute import TransformersEngine
     from kvroute.heads import DifficultyHead
     from kvroute.label_rows import LabelRow
+    from kvroute.questions import Question
 
 ROOT = Path(__file__).parents[1]
-THINKER = ROOT / "examples" / "tiny_thinker"
 _KIND = "kvroute.benchmark.pool"
 _CHUNK = 256
 Floats = np.ndarray[Any, np.dtype[np.float64]]
@@ -119,53 +118,37 @@ def from_labels(path: Path, head_folder: Path, model: str) -> tuple[Pool, list[P
 
 def from_thinker(arguments: argparse.Namespace) -> tuple[Pool, list[Pair]]:
     """Questions made, answered and kept in the cache; without --head a ridge head is trained on others first."""
-    sys.path.insert(0, str(THINKER))
     from kvroute.heads import DifficultyHead
     from kvroute.heads.search import SearchOptions
     from kvroute.heads.training import train_head
-    from kvroute.label_rows import LabelRow, usable
+    from kvroute.label_rows import PARTS, usable
     from kvroute.labelling import Labeller
-    from kvroute.questions import read_questions
-    from questions import make_questions
+    from kvroute.skeletons import SHARES
 
     engine = _thinker.engine(arguments.thinker)
-    labeller = Labeller(engine, max_tokens=arguments.max_tokens)
     train_size, pool_size = arguments.train_rows, arguments.pool_rows
-    made = make_questions(train_size, arguments.seed + 1000)
-    known = {row["question"] for row in made}
-    others = [row for row in make_questions(pool_size + train_size, arguments.seed) if row["question"] not in known]
-
-    def label(questions: Sequence[dict[str, str]]) -> Iterator[list[LabelRow]]:
-        listed = read_questions(list(enumerate(questions, 1)), "the questions")
-        for start in range(0, len(listed), _CHUNK):
-            yield labeller.label(listed[start : start + _CHUNK])
-
-    facts = json.dumps([engine.info.fingerprint, arguments.seed, train_size, arguments.max_tokens, _CHUNK])
-    learned = []
-    for number, start in enumerate(range(0, train_size, _CHUNK)):
-        path = arguments.cache / f"train-{hashlib.sha256(facts.encode()).hexdigest()[:16]}-{number}.jsonl"
-        if not path.exists():
-            rows = [row for chunk in label(made[start : start + _CHUNK]) for row in chunk]
-            write_whole(path, "".join(row.model_dump_json() + "\n" for row in rows).encode())
-        learned += [LabelRow.model_validate_json(line) for line in path.read_text().splitlines()]
+    made = _thinker.questions(train_size, arguments.seed + 1000)
+    learned, meta = _thinker.labelled(engine, made, dict(SHARES), checkpoints=None, parts=PARTS)
+    known = {q.question for q in made}
+    others = [q for q in _thinker.questions(pool_size + train_size, arguments.seed) if q.question not in known]
+    labeller = Labeller(engine, max_tokens=_thinker.MAX_TOKENS)
     if arguments.head is not None:
         head = DifficultyHead.load(arguments.head, engine.info)
     else:
-        meta = labeller.meta(read_questions(list(enumerate(made, 1)), "the questions"))
         search = SearchOptions.quick(kinds=("ridge",), bare=False)
         head, _ = train_head(engine, learned, meta, search=search, seed=arguments.seed, progress=False)
     validation = usable(learned, "validation")
     grid = one_step_grid(difficulties(engine, head, validation), validation)
     identity = [engine.info.fingerprint, head.data_hash, arguments.seed, head.kind, head.spec.to_json()]
-    identity += [dict(arguments.max_tokens), train_size]
+    identity += [_thinker.MAX_TOKENS, train_size]
     digest = hashlib.sha256(json.dumps(identity, default=str).encode()).hexdigest()[:16]
 
     def chunks() -> Iterator[Pool]:
         for start in range(0, pool_size, _CHUNK):
             asked = others[start : min(start + _CHUNK, pool_size)]
 
-            def work(asked: Sequence[dict[str, str]] = asked) -> Pool:
-                rows = usable([row for chunk in label(asked) for row in chunk])
+            def work(asked: Sequence[Question] = asked) -> Pool:
+                rows = usable(labeller.label(asked))
                 return Pool.of(rows, difficulties(engine, head, rows))
 
             yield cached(arguments.cache / f"pool-{digest}-{start}-{len(asked)}.safetensors", work)
@@ -269,7 +252,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add_common_arguments(parser)
     parser.add_argument("--labels", type=Path, help="a file that kvroute label wrote; needs --head and --model")
     parser.add_argument("--head", type=Path, help="a folder that kvroute train wrote")
-    parser.add_argument("--thinker", type=Path, default=THINKER / "model", help="the tiny thinker's folder")
+    parser.add_argument("--thinker", type=Path, help="the tiny thinker's folder")
     parser.add_argument("--cache", type=Path, default=ROOT / ".cache" / "calibration_guarantee")
     parser.add_argument("--pool-rows", type=int, default=24_000)
     parser.add_argument("--train-rows", type=int, default=6_000, help="questions that thresholds and head come from")
@@ -280,7 +263,6 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     arguments = parser.parse_args(argv)
     if arguments.quick:
         arguments.pool_rows, arguments.train_rows, arguments.rows, arguments.splits = 800, 300, 400, 25
-    arguments.max_tokens = _thinker.MAX_TOKENS
     if arguments.labels is not None and arguments.head is None:
         parser.error("--labels needs --head")
     return arguments

@@ -18,7 +18,7 @@ import numpy as np
 from rich.console import Console
 
 import _thinker
-from _harness import Figure, add_common_arguments, figure_table, finish, judge
+from _harness import Figure, add_common_arguments, figure_table, finish
 from kvroute import Policy, Router, SamplingOptions, TransformersEngine
 from kvroute.checkers import check
 from kvroute.generation import TokenIds
@@ -69,13 +69,7 @@ def at_equal_accuracy(outcome: Outcome, curve: Sweep, modes: Modes, drawn: Resam
 def compared(report: RoutingReport, a: str, b: str, must: str | None) -> Figure:
     """Tokens of ``a`` over those of ``b``, both at the accuracy of always slow minus a point, paired."""
     found = report.compare(a, b)["tokens_ratio"]
-    return figure(Estimate(**found), must)
-
-
-def figure(estimate: Estimate, must: str | None) -> Figure:
-    """An estimate as a figure of the harness."""
-    value, low, high = (float("nan") if v is None else v for v in (estimate.value, estimate.low, estimate.high))
-    return Figure(value, low, high, must, judge(low, high, must), rounds=2000)
+    return _thinker.figure(Estimate(**found), must, report.resamples.n)
 
 
 def by_kind(rows: Sequence[LabelRow]) -> list[str]:
@@ -113,6 +107,9 @@ def main() -> None:
         folder=_thinker.CACHE,
     )  # fmt: skip
     modes, drawn = report.modes, report.resamples
+
+    def figure(estimate: Estimate, must: str | None) -> Figure:
+        return _thinker.figure(estimate, must, drawn.n)
 
     # Two steps: settings are compared on validation rows, then run on test rows.
     choice = Modes.of(validation)

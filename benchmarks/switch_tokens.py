@@ -13,13 +13,14 @@ from pathlib import Path
 import numpy as np
 
 import _thinker
-from _harness import Figure, add_common_arguments, figure_table, finish, judge
-from kvroute import Decision, Policy, Router, SamplingOptions, TransformersEngine
+from _harness import Figure, add_common_arguments, figure_table, finish
+from kvroute import Policy, Router, SamplingOptions, TransformersEngine
 from kvroute.generation import TokenIds
 from kvroute.heads import DifficultyHead
 from kvroute.heads.search import SearchOptions
 from kvroute.heads.training import train_head
 from kvroute.label_rows import Part
+from kvroute.routing_intervals import Resamples
 
 
 def train(thinker: TransformersEngine, count: int, seed: int) -> DifficultyHead:
@@ -28,12 +29,6 @@ def train(thinker: TransformersEngine, count: int, seed: int) -> DifficultyHead:
     asked = _thinker.questions(count, seed + 2)
     rows, meta = _thinker.labelled(thinker, asked, shares, checkpoints=5, parts=("train", "validation"))
     return train_head(thinker, rows, meta, search=SearchOptions.quick(), kinds=("ridge",), seed=seed, progress=False)[0]
-
-
-def before_switch(decision: Decision) -> int:
-    """Tokens written before the phrase was put in."""
-    assert decision.switch is not None
-    return decision.switch.token
 
 
 def main() -> None:
@@ -51,34 +46,30 @@ def main() -> None:
     figures: dict[str, Figure] = {}
     shown = {"fast": "closed_thoughts", "slow": "opened_thoughts"}
     for to in ("all", "fast", "slow"):
-        switched = [r for r in routed if r.decision.switch is not None and to in ("all", r.decision.switch.to)]
+        switched = [(r, r.decision.switch) for r in routed if r.decision.switch and to in ("all", r.decision.switch.to)]
         if len(switched) < 5:
             print(f"only {len(switched)} answers were switched to {to}: no figure")
             continue
+        kept = [s.token + s.forced for _, s in switched]  # tokens written, the phrase included
+        written = [r.generation for r, _ in switched]
         again = thinker.generate(
-            [
-                TokenIds(tuple(r.generation.prompt_token_ids + r.generation.token_ids[: _kept(r.decision)]))
-                for r in switched
-            ],
+            [TokenIds((*g.prompt_token_ids, *g.token_ids[:k])) for g, k in zip(written, kept, strict=True)],
             options=options,
             progress=False,
         )
-        flight, after = [], []
-        for one, two in zip(switched, again, strict=True):
-            assert two.token_ids == one.generation.token_ids[_kept(one.decision) :], "both must write the same tokens"
-            flight.append(one.usage.computed)
-            # The first request ran its prompt and all it wrote but the last token.
-            after.append(
-                one.usage.prompt + before_switch(one.decision) - 1 + two.usage.prompt + two.usage.generated - 1
-            )
-        ratio = np.array([flight, after], dtype=float)
-        rng = np.random.default_rng(arguments.seed)
-        drawn = ratio[:, rng.integers(0, len(flight), (2000, len(flight)))].sum(axis=2)
-        low, high = np.quantile(drawn[0] / drawn[1], [0.025, 0.975])
-        value = float(ratio[0].sum() / ratio[1].sum())
-        must = "<= 0.6" if to == "all" else None
+        for one, k, two in zip(written, kept, again, strict=True):
+            assert two.token_ids == one.token_ids[k:], "both must write the same tokens"
+        flight = np.array([g.usage.computed for g in written], float)
+        # The first request ran its prompt and all it wrote but the last token.
+        stopped = np.array([r.usage.prompt + s.token - 1 for r, s in switched], float)
+        after = stopped + np.array([g.usage.prompt + g.usage.generated - 1 for g in again], float)
+        drawn = Resamples(len(switched), seed=arguments.seed)
         name = "switch_tokens_ratio" if to == "all" else f"switch_tokens_ratio_{shown[to]}"
-        figures[name] = Figure(value, float(low), float(high), must, judge(float(low), float(high), must), len(flight))
+        figures[name] = _thinker.figure(
+            drawn.estimate(lambda mean, a=flight, b=after: mean(a) / mean(b)),
+            "<= 0.6" if to == "all" else None,
+            len(switched),
+        )
     print(figure_table(figures))
     finish(
         arguments,
@@ -87,12 +78,6 @@ def main() -> None:
         n={"questions": len(asked), "switched": sum(r.decision.switch is not None for r in routed)},
         baseline="stop, prefill prompt, text and phrase again, write on",
     )
-
-
-def _kept(decision: Decision) -> int:
-    """Tokens written, the phrase included, behind which the answer goes on."""
-    assert decision.switch is not None
-    return decision.switch.token + decision.switch.forced
 
 
 if __name__ == "__main__":

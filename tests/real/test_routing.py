@@ -97,7 +97,7 @@ def test_a_switched_answer_is_that_of_a_run_by_hand(
 def test_tool_calls(thinker: TransformersEngine) -> None:
     """It calls the calculator it is given, in the template's format, and says what came back.
 
-    Not asked: that the expression is copied right, which it is in under half of the calls.
+    Not asked: that the expression is copied right, which it is in little more than half of the calls.
     """
     from questions import CALCULATOR, make_tool_chat
 

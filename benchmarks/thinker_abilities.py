@@ -1,0 +1,75 @@
+"""What the tiny thinker can do: right answers by kind, by mode, by how much of a run is left to compute; tool calls.
+
+``run_left_n`` are runs with n steps behind the last one that sets a register: what is left to compute. Tool calls: the
+share that has the template's form, that has the right expression in it, and the share of answers that say the tool's
+result right. Intervals are Wilson's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import re
+from collections import defaultdict
+from pathlib import Path
+
+import _thinker
+from _harness import Figure, add_common_arguments, figure_table, finish
+from kvroute import Router, SamplingOptions
+from kvroute.checkers import check
+from kvroute.routing_metrics import wilson
+
+CALL = re.compile(r"<tool_call>\n(\{.*\})\n</tool_call>")
+
+
+def share(hits: list[bool]) -> Figure:
+    """Share of true ones."""
+    value = sum(hits) / len(hits)
+    return Figure(value, *wilson(value, len(hits)), None, None, len(hits))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_common_arguments(parser)
+    parser.add_argument("--thinker", type=Path, help="folder of the model, by default the one in examples")
+    arguments = parser.parse_args()
+    thinker = _thinker.engine(arguments.thinker)
+    asked = _thinker.questions(200 if arguments.quick else 3000, arguments.seed + 6)
+    chats = [[{"role": "user", "content": q.question}] for q in asked]
+    router = Router(thinker, "slow", options=SamplingOptions(max_tokens=_thinker.MAX_TOKENS["slow"]))
+    right: dict[str, list[bool]] = defaultdict(list)
+    for mode in ("fast", "slow"):
+        for q, answer in zip(asked, router.generate(chats, mode=mode, progress=False), strict=True):
+            good = check(answer.answer, q.answer, q.answer_type).correct
+            right[f"{q.extra['kind']}_{mode}"].append(good)
+            if q.extra["kind"] == "run":
+                steps = q.question.split(";")[1:]
+                left = len(steps) - 1 - max(i for i, step in enumerate(steps) if "=" in step)
+                right[f"run_left_{left}_{mode}"].append(good)
+    from questions import CALCULATOR, make_tool_chat  # _thinker.questions has put the folder on the path
+
+    rng = random.Random(arguments.seed)
+    tools = [make_tool_chat(rng) for _ in range(20 if arguments.quick else 200)]
+    how = {"mode": "fast", "template": {"tools": [CALCULATOR]}, "progress": False}
+    calls = router.generate([chat[:1] for chat, _ in tools], **how)
+    told = router.generate([chat[:3] for chat, _ in tools], **how)
+    for (chat, result), call, answer in zip(tools, calls, told, strict=True):
+        found = CALL.fullmatch(call.answer)
+        right["tool_call_form"].append(found is not None)
+        given = json.loads(found[1])["arguments"] if found else None
+        right["tool_call_expression"].append(given == chat[1]["tool_calls"][0]["function"]["arguments"])
+        right["tool_result_said"].append(answer.answer == f"it gives {result}.")
+    figures = {name: share(hits) for name, hits in sorted(right.items())}
+    print(figure_table(figures))
+    finish(
+        arguments,
+        name="thinker_abilities",
+        figures=figures,
+        n={"questions": len(asked), "tool_chats": len(tools)},
+        baseline="fast beside slow",
+    )
+
+
+if __name__ == "__main__":
+    main()
