@@ -221,7 +221,8 @@ def wilson(share: float, rows: int, level: float = 0.95) -> tuple[float, float]:
     centre = share + z * z / (2 * rows)
     half = z * np.sqrt(share * (1 - share) / rows + z * z / (4 * rows * rows))
     scale = 1 + z * z / rows
-    return float(max(0.0, (centre - half) / scale)), float(min(1.0, (centre + half) / scale))
+    # Rounding may put an end by the width of a bit inside of shares of 0 and 1.
+    return float(max(0.0, min(share, (centre - half) / scale))), float(min(1.0, max(share, (centre + half) / scale)))
 
 
 def _check_probability(probability: Floats) -> None:

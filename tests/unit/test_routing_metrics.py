@@ -112,8 +112,12 @@ def test_calibration_error_is_that_of_the_bins(pairs: list[tuple[float, float]])
 def test_wilson_by_its_table() -> None:
     # 8 of 10: 0.490 to 0.943 by Wilson's formula without continuity correction.
     assert wilson(0.8, 10) == (pytest.approx(0.490, abs=5e-4), pytest.approx(0.943, abs=5e-4))
-    assert wilson(0.0, 5)[0] == pytest.approx(0.0, abs=1e-12)
-    assert wilson(1.0, 5)[1] == pytest.approx(1.0)
+    for rows in range(1, 300):  # with 240 rows, the lower end of none right was once 1e-17
+        for right in {0, 1, rows // 2, rows}:
+            low, high = wilson(right / rows, rows)
+            assert 0.0 <= low <= right / rows <= high <= 1.0
+        assert wilson(0.0, rows)[0] == 0.0
+        assert wilson(1.0, rows)[1] == 1.0
 
 
 def test_probabilities_outside_are_refused() -> None:
