@@ -19,13 +19,12 @@ from rich.console import Console
 
 import _thinker
 from _harness import Figure, add_common_arguments, figure_table, finish
-from kvroute import Policy, Router, SamplingOptions, TransformersEngine
-from kvroute.checkers import check
-from kvroute.generation import TokenIds
+from kvroute import Policy, Router, TransformersEngine
+from kvroute.candidates import run_candidate
 from kvroute.heads import DifficultyHead
 from kvroute.heads.search import SearchOptions
 from kvroute.heads.training import train_head
-from kvroute.label_rows import LabelRow, Part, usable
+from kvroute.label_rows import LabelMeta, LabelRow, Part, usable
 from kvroute.routing_baselines import BASELINES
 from kvroute.routing_curves import Modes, Outcome, Sweep, choose_threshold
 from kvroute.routing_evaluation import evaluate_head
@@ -39,18 +38,12 @@ TAU_FAST = (2.0, 5.0, 10.0, 20.0)
 
 
 def run_two_step(
-    thinker: TransformersEngine, head: DifficultyHead, rows: Sequence[LabelRow], policy: Policy
-) -> tuple[Outcome, list[float]]:
-    """Answers of a router to labelled questions: what it got, and for each row whether it switched."""
-    router = Router(thinker, policy, head=head, options=SamplingOptions(max_tokens=_thinker.MAX_TOKENS["slow"]))
-    routed = router.generate([TokenIds(r.prompt_ids) for r in rows], progress=None)
-    right = [check(a.answer, r.answer, r.answer_type).correct for a, r in zip(routed, rows, strict=True)]
-    tokens = [float(a.usage.generated) for a in routed]
-    assert router.counts["faults"] == 0, "a figure of a router that failed is none"
-    for answer in routed:  # nothing was computed twice
-        assert answer.usage.computed + answer.usage.cached == answer.usage.prompt + answer.usage.generated - 1
-    switched = [float(a.decision.switch is not None) for a in routed]
-    return Outcome(np.array(right, dtype=np.float64), np.array(tokens)), switched
+    thinker: TransformersEngine, head: DifficultyHead, rows: Sequence[LabelRow], meta: LabelMeta, policy: Policy
+) -> tuple[Outcome, float]:
+    """What a router gets on labelled questions, and the share of answers that it switched."""
+    router = Router(thinker, policy, head=head)
+    found = run_candidate(router, rows, meta)
+    return Outcome(found.correct, found.tokens), router.counts["switches"] / len(rows)
 
 
 def at_equal_accuracy(outcome: Outcome, curve: Sweep, modes: Modes, drawn: Resamples) -> Estimate:
@@ -118,10 +111,10 @@ def main() -> None:
     tau = choose_threshold(choice, difficulty, 0.3)
     settings = TAU_FAST[1:3] if arguments.quick else TAU_FAST
     policies = [Policy(kind="two-step", tau=tau, tau_fast=t, tau_slow=80.0, every=EVERY) for t in settings]
-    tried = [run_two_step(thinker, head, validation, p)[0] for p in policies]
+    tried = [run_two_step(thinker, head, validation, meta, p)[0] for p in policies]
     enough = [i for i, o in enumerate(tried) if o.accuracy >= choice.slow.accuracy - 0.005]
     best = min(enough, key=lambda i: tried[i].mean_tokens) if enough else 0
-    ran = [run_two_step(thinker, head, test, p) for p in policies]
+    ran = [run_two_step(thinker, head, test, meta, p) for p in policies]
     report.add_sweep("two-step", Sweep.of([o for o, _ in ran], list(settings)))
     chosen, switched = ran[best]
     report.add_point("two-step", chosen)
@@ -162,7 +155,7 @@ def main() -> None:
     console.print(f"head: {head.kind} on {head.spec.to_json()}")
     console.print(f"windows: {head.windows.kind} on {head.windows.spec.to_json()}")
     console.print(f"two-step: {policies[best].model_dump(include={'tau', 'tau_fast', 'tau_slow', 'every'})}, "
-                  f"{np.mean(switched):.3f} of the answers switched")  # fmt: skip
+                  f"{switched:.3f} of the answers switched")  # fmt: skip
     console.print(f"search: {len(training.tried)} candidates for prompts")
     if arguments.out is not None:
         report.save(arguments.out)
