@@ -26,9 +26,10 @@ import numpy as np
 import _thinker
 from _harness import Figure, add_common_arguments, exact, figure_table, finish, judge, table
 from kvroute.bounds import binomial_lower, binomial_upper
-from kvroute.candidates import Baseline, Candidate, one_step_grid
+from kvroute.candidates import Candidate, one_step_grid
 from kvroute.files import read_tensors, write_tensors
 from kvroute.guarantee import AtMostLoss, certify
+from kvroute.routing_curves import Outcome
 
 if TYPE_CHECKING:
     from kvroute import TransformersEngine
@@ -59,9 +60,9 @@ class Pool:
     def __len__(self) -> int:
         return len(self.difficulty)
 
-    def baseline(self, rows: Any = slice(None)) -> Baseline:
+    def baseline(self, rows: Any = slice(None)) -> Outcome:
         """Always slow on some rows."""
-        return Baseline(self.slow_correct[rows], self.slow_tokens[rows])
+        return Outcome(self.slow_correct[rows], self.slow_tokens[rows])
 
     def candidate(self, pair: Pair, rows: Any = slice(None)) -> Candidate:
         """The one-step policy on some rows."""
@@ -69,10 +70,10 @@ class Pool:
         d = self.difficulty[rows]
         slow = (d > tau) & (d <= (np.inf if give_up is None else give_up))
         return Candidate(
-            {"kind": "one-step", "tau": tau, "give_up": give_up},
             np.where(slow, self.slow_correct[rows], self.fast_correct[rows]),
             np.where(slow, self.slow_tokens[rows], self.fast_tokens[rows]),
             slow.astype(np.float64),
+            {"kind": "one-step", "tau": tau, "give_up": give_up},
         )
 
     @classmethod
@@ -191,7 +192,7 @@ def splits(
             continue
         pair = grid[found.chosen]
         base, own = pool.baseline(rest), pool.candidate(pair, rest)
-        loss = 100 * float((base.correct - own.correct).mean())
+        loss = 100 * float((base.right - own.right).mean())
         yield Split(pair, loss, 1 - float(own.tokens.sum() / base.tokens.sum()))
 
 
@@ -305,7 +306,7 @@ def main() -> None:
                 (
                     f"{t[0]:.2f}",
                     "" if t[1] is None else f"{t[1]:.2f}",
-                    f"{100 * (base.correct - c.correct).mean():.3f}",
+                    f"{100 * (base.right - c.right).mean():.3f}",
                     f"{1 - c.tokens.sum() / base.tokens.sum():.3f}",
                     f"{c.slow.mean():.3f}",
                     picked.count(t),

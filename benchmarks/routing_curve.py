@@ -20,7 +20,7 @@ from rich.console import Console
 import _thinker
 from _harness import Figure, add_common_arguments, figure_table, finish
 from kvroute import Policy, Router, TransformersEngine
-from kvroute.candidates import run_candidate
+from kvroute.candidates import Candidate, run_candidate
 from kvroute.heads import DifficultyHead
 from kvroute.heads.search import SearchOptions
 from kvroute.heads.training import train_head
@@ -39,11 +39,11 @@ TAU_FAST = (2.0, 5.0, 10.0, 20.0)
 
 def run_two_step(
     thinker: TransformersEngine, head: DifficultyHead, rows: Sequence[LabelRow], meta: LabelMeta, policy: Policy
-) -> tuple[Outcome, float]:
+) -> tuple[Candidate, float]:
     """What a router gets on labelled questions, and the share of answers that it switched."""
     router = Router(thinker, policy, head=head)
     found = run_candidate(router, rows, meta)
-    return Outcome(found.correct, found.tokens), router.counts["switches"] / len(rows)
+    return found, router.counts["switches"] / len(rows)
 
 
 def at_equal_accuracy(outcome: Outcome, curve: Sweep, modes: Modes, drawn: Resamples) -> Estimate:

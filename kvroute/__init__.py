@@ -30,7 +30,7 @@ from kvroute.errors import (
 
 if TYPE_CHECKING:
     from kvroute.calibration import ConfidenceCalibrator
-    from kvroute.candidates import Baseline, Candidate, one_step_candidate, run_candidate, threshold_grid
+    from kvroute.candidates import Candidate, one_step_candidate, quantile_thresholds, run_candidate
     from kvroute.cascade import Cascade, Cascaded
     from kvroute.chains import ChainScores, ChainSpec, ChainState, chain_scores
     from kvroute.checkers import CheckResult
@@ -79,7 +79,6 @@ _LAZY = {
     "AtMostLoss": "kvroute.guarantee",
     "AtMostSlow": "kvroute.guarantee",
     "AtMostTokens": "kvroute.guarantee",
-    "Baseline": "kvroute.candidates",
     "CancelToken": "kvroute.generation",
     "Candidate": "kvroute.candidates",
     "Cascade": "kvroute.cascade",
@@ -107,6 +106,8 @@ _LAZY = {
     "ModelInfo": "kvroute.info",
     "Neighbour": "kvroute.heads.neighbours",
     "PRESETS": "kvroute.pooling",
+    "Modes": "kvroute.routing_curves",
+    "Outcome": "kvroute.routing_curves",
     "Policy": "kvroute.policy",
     "PoolingSpec": "kvroute.pooling",
     "PostProcessor": "kvroute.postprocess",
@@ -139,8 +140,8 @@ _LAZY = {
     "order_candidates": "kvroute.guarantee",
     "pool": "kvroute.pooling",
     "read_labels": "kvroute.label_rows",
+    "quantile_thresholds": "kvroute.candidates",
     "run_candidate": "kvroute.candidates",
-    "threshold_grid": "kvroute.candidates",
     "train_head": "kvroute.heads.training",
 }
 
@@ -151,7 +152,6 @@ __all__ = [
     "AtMostLoss",
     "AtMostSlow",
     "AtMostTokens",
-    "Baseline",
     "CalibrationError",
     "CancelToken",
     "Candidate",
@@ -186,9 +186,11 @@ __all__ = [
     "ModelInfo",
     "ModelLoadError",
     "ModelMismatchError",
+    "Modes",
     "Neighbour",
     "NonFiniteCacheError",
     "OutOfMemoryError",
+    "Outcome",
     "Policy",
     "PoolingSpec",
     "PostProcessor",
@@ -224,9 +226,9 @@ __all__ = [
     "one_step_candidate",
     "order_candidates",
     "pool",
+    "quantile_thresholds",
     "read_labels",
     "run_candidate",
-    "threshold_grid",
     "train_head",
 ]
 

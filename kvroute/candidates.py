@@ -3,54 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from kvroute.confidence_maps import Floats
 from kvroute.errors import InvalidInputError
 from kvroute.label_rows import LabelMeta, LabelRow
+from kvroute.routing_curves import Modes, Outcome
 
 if TYPE_CHECKING:
     from kvroute.checkers import Checker
     from kvroute.router import Router
 
-Floats = np.ndarray[Any, np.dtype[np.float64]]
 
-
-@dataclass(frozen=True)
-class Baseline:
-    """Always-slow on the calibration rows.
+@dataclass(frozen=True, slots=True)
+class Candidate(Outcome):
+    """What a policy that may be chosen gets.
 
     Attributes:
-        correct: ``[n]`` in [0, 1], whether (or how often) the slow answer is right.
-        tokens: ``[n]`` tokens of the slow answer.
-    """
-
-    correct: Floats
-    tokens: Floats
-
-    @classmethod
-    def of(cls, rows: Sequence[LabelRow]) -> Baseline:
-        """From labelled rows."""
-        return cls(np.array([r.slow_right for r in rows]), np.array([r.slow_tokens for r in rows]))
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """A policy on the same rows.
-
-    Attributes:
-        policy: its settings or its name.
-        correct: ``[n]`` in [0, 1], whether (or how often) its answer is right.
-        tokens: ``[n]`` tokens it computed.
         slow: ``[n]`` in [0, 1], whether (or how much of) the row was thought about slowly.
+        policy: its settings or its name.
     """
 
-    policy: dict[str, Any] | str
-    correct: Floats
-    tokens: Floats
     slow: Floats
+    policy: dict[str, Any] | str
 
 
 def one_step_candidate(
@@ -75,28 +53,17 @@ def one_step_candidate(
     d = np.asarray(difficulty, dtype=np.float64)
     if d.shape != (len(rows),):
         raise InvalidInputError(f"{len(rows)} rows have difficulties of shape {d.shape}.")
-    found = _one_step(d, Baseline.of(rows), *_fast(rows), tau, give_up)
-    return replace(found, policy={"kind": "one-step", **(policy or {}), "tau": float(tau), "give_up": give_up})
+    settings = {"kind": "one-step", **(policy or {}), "tau": float(tau), "give_up": give_up}
+    slow = _slow(d, tau, give_up)
+    found = Modes.of(rows).chosen(slow)
+    return Candidate(found.right, found.tokens, slow, settings)
 
 
-def _fast(rows: Sequence[LabelRow]) -> tuple[Floats, Floats]:
-    """Of the fast answers, whether right and tokens."""
-    return np.array([r.fast_right for r in rows]), np.array([r.fast_tokens for r in rows])
+def _slow(d: Floats, tau: float, give_up: float | None) -> Floats:
+    return ((d > tau) & (d <= (np.inf if give_up is None else give_up))).astype(np.float64)
 
 
-def _one_step(
-    d: Floats, base: Baseline, correct: Floats, tokens: Floats, tau: float, give_up: float | None
-) -> Candidate:
-    slow = (d > tau) & (d <= (np.inf if give_up is None else give_up))
-    return Candidate(
-        policy="one-step",
-        correct=np.where(slow, base.correct, correct),
-        tokens=np.where(slow, base.tokens, tokens),
-        slow=slow.astype(np.float64),
-    )
-
-
-def threshold_grid(difficulties: Any, k: int = 20) -> list[float]:
+def quantile_thresholds(difficulties: Any, k: int = 20) -> list[float]:
     """Thresholds to try, ascending: quantiles of difficulties of **validation** rows, and 100 (always fast).
 
     Taken from the calibration rows they would void the guarantee.
@@ -124,14 +91,14 @@ def one_step_grid(difficulty: Any, rows: Sequence[LabelRow], k: int = 20) -> lis
         k: how many at most.
     """
     d = np.asarray(difficulty, dtype=np.float64)
-    base, fast = Baseline.of(rows), _fast(rows)
+    modes = Modes.of(rows)
     ends = [None, *(float(q) for q in np.unique(np.quantile(d, [0.7, 0.8, 0.85, 0.9, 0.95, 0.98])))]
     found: list[tuple[float, float, float, float | None]] = []
-    for tau in threshold_grid(d, 2 * k):
+    for tau in quantile_thresholds(d, 2 * k):
         for give_up in ends:
             if give_up is None or give_up > tau:
-                c = _one_step(d, base, *fast, tau, give_up)
-                found.append((float(c.tokens.mean()), float((base.correct - c.correct).mean()), tau, give_up))
+                c = modes.chosen(_slow(d, tau, give_up))
+                found.append((c.mean_tokens, modes.slow.accuracy - c.accuracy, tau, give_up))
     best: list[tuple[float, float, float, float | None]] = []
     for pair in sorted(found, key=lambda f: (f[0], f[1], f[2], f[3] is not None)):  # fewest tokens first
         if not best or pair[1] < best[-1][1]:
@@ -187,7 +154,7 @@ def run_candidate(
     from kvroute.progress import progress_bar
 
     chat = bool(getattr(router.engine.tokenizer, "chat_template", None))
-    correct, tokens, slow = np.zeros(len(rows)), np.zeros(len(rows)), np.zeros(len(rows))
+    right, tokens, slow = np.zeros(len(rows)), np.zeros(len(rows)), np.zeros(len(rows))
     with progress_bar(router.policy.kind, len(rows), show=progress) as advance:
         for start in range(0, len(rows), chunk):
             part = rows[start : start + chunk]
@@ -204,8 +171,8 @@ def run_candidate(
                 if routed.decision.fault is not None:
                     raise InvalidInputError(f"Question {row.id!r} could not be routed: {routed.decision.fault}.")
                 switch = routed.decision.switch
-                correct[i] = check(routed.answer, row.answer, row.answer_type, checkers=checkers or {}).correct
+                right[i] = check(routed.answer, row.answer, row.answer_type, checkers=checkers or {}).correct
                 tokens[i] = len(routed.generation.token_ids)
                 slow[i] = routed.decision.mode == "slow" or (switch is not None and switch.to == "slow")
             advance(len(part))
-    return Candidate(router.policy.model_dump(mode="json", exclude={"guarantee", "drift"}), correct, tokens, slow)
+    return Candidate(right, tokens, slow, router.policy.model_dump(mode="json", exclude={"guarantee", "drift"}))

@@ -10,7 +10,8 @@ import logging
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -28,6 +29,25 @@ if TYPE_CHECKING:
     from kvroute.policy import Policy
 
 logger = logging.getLogger("kvroute.router")  # a user of the router looks for its lines there
+
+
+@dataclass(slots=True)
+class Reading:
+    """What is read off a prompt.
+
+    Attributes:
+        vector: its pooled vector ``[dim]``, or None where there is none.
+        difficulty: in [0, 100], higher is harder; None where it could not be read.
+        fault: why it could not.
+        probability: that the fast answer is right, in [0, 1]; None where it could not be read.
+        nearest: labelled questions, where they were asked for.
+    """
+
+    vector: Vectors | None
+    difficulty: float | None = None
+    fault: str | None = None
+    probability: float | None = None
+    nearest: list[Neighbour] = field(default_factory=list)
 
 
 class Chooser:
@@ -68,42 +88,14 @@ class Chooser:
             explain: name the nearest labelled questions.
             began: when the work on them did.
         """
-        difficulties: list[float | None] = [None] * len(requests)
-        probabilities: list[float | None] = [None] * len(requests)
-        nearest: list[list[Neighbour] | None] = [None] * len(requests)
-        reasons = [*faults] or [None] * len(requests)
-        head = self.head
-        if vectors is not None and head is not None:
-            there = [i for i, v in enumerate(vectors) if v is not None]
-            x = np.stack([v for v in vectors if v is not None]) if there else np.empty((0, 0), dtype=np.float32)
-            if there:
-                read, wrong = self.each("the head", len(there), lambda rows: finite(head.predict(x[rows])))
-                for i, difficulty, reason in zip(there, read, wrong, strict=True):
-                    difficulties[i], reasons[i] = None if difficulty is None else float(difficulty), reason
-                self._watch([(d, x[n]) for n, d in enumerate(read) if d is not None])
-            good = [n for n, i in enumerate(there) if difficulties[i] is not None]
-            if good:
-                values = np.array([difficulties[there[n]] for n in good])
-                right, _ = self.each(
-                    "the probability of a difficulty",
-                    len(good),
-                    lambda rows: finite(head.probability(values[rows])),
-                    then="the decision has none",
-                )
-                near: list[Any] = [None] * len(good)
-                if explain:
-                    near, _ = self.each(
-                        "the nearest questions",
-                        len(good),
-                        lambda rows: head.nearest(x[[good[n] for n in rows]]),
-                        then="the decision names none",
-                    )
-                for n, p, k in zip(good, right, near, strict=True):
-                    probabilities[there[n]], nearest[there[n]] = None if p is None else float(p), k
-        for i, request in enumerate(requests):
-            request.decision = self._decide(request, difficulties[i], reasons[i])
-            request.decision.probability = probabilities[i]
-            request.decision.nearest = nearest[i] or []
+        given = vectors if vectors is not None else [None] * len(requests)
+        readings = [Reading(v, fault=f) for v, f in zip(given, faults or [None] * len(requests), strict=True)]
+        if self.head is not None:
+            self._read(self.head, [r for r in readings if r.vector is not None], explain=explain)
+        for request, reading in zip(requests, readings, strict=True):
+            request.decision = self._decide(request, reading.difficulty, reading.fault)
+            request.decision.probability = reading.probability
+            request.decision.nearest = reading.nearest
         seconds = (time.perf_counter() - began) / max(len(requests), 1)
         for request in requests:
             request.decision.seconds = seconds
@@ -112,6 +104,38 @@ class Chooser:
             if request.decision.why == "shadow":
                 d = request.decision
                 logger.info("shadow: %s would be taken at difficulty %s", d.proposed, d.difficulty)
+
+    def _read(self, head: DifficultyHead, readings: list[Reading], *, explain: bool) -> None:
+        """Fill in what the head says of vectors. What can't be read of one stays away from it, and from no other."""
+        if not readings:
+            return
+        read, faults = self.each(
+            "the head", len(readings), lambda rows: finite(head.predict(_stacked(readings[i] for i in rows)))
+        )
+        for reading, difficulty, fault in zip(readings, read, faults, strict=True):
+            reading.difficulty, reading.fault = None if difficulty is None else float(difficulty), fault
+        readings = [r for r in readings if r.difficulty is not None]
+        if not readings:
+            return
+        self._watch(readings)
+        values = np.array([r.difficulty for r in readings])
+        probabilities, _ = self.each(
+            "the probability of a difficulty",
+            len(readings),
+            lambda rows: finite(head.probability(values[rows])),
+            then="the decision has none",
+        )
+        for reading, probability in zip(readings, probabilities, strict=True):
+            reading.probability = None if probability is None else float(probability)
+        if explain:
+            near, _ = self.each(
+                "the nearest questions",
+                len(readings),
+                lambda rows: head.nearest(_stacked(readings[i] for i in rows)),
+                then="the decision names none",
+            )
+            for reading, neighbours in zip(readings, near, strict=True):
+                reading.nearest = neighbours or []
 
     def _decide(self, request: Request, difficulty: float | None, fault: str | None) -> Decision:
         policy = self.policy
@@ -210,13 +234,17 @@ class Chooser:
         with self._lock:
             self.counts["switches"] += by
 
-    def _watch(self, seen: list[tuple[float, Vectors]]) -> None:
-        if self.drift is None or not seen:
+    def _watch(self, readings: Sequence[Reading]) -> None:
+        if self.drift is None:
             return
         try:
-            self.drift.update_many(np.array([d for d, _ in seen]), np.stack([v for _, v in seen]))
+            self.drift.update_many(np.array([r.difficulty for r in readings]), _stacked(readings))
         except Exception as error:  # noqa: BLE001 - watching must not cost an answer
             self.note_fault("the drift reference", error, then="these requests are not watched")
+
+
+def _stacked(readings: Iterable[Reading]) -> Vectors:
+    return np.stack([r.vector for r in readings if r.vector is not None])
 
 
 def _one_each(found: Any, count: int) -> list[Any]:

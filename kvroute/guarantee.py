@@ -21,11 +21,10 @@ import numpy as np
 from pydantic import Field
 
 from kvroute.bounds import betting_p_value, betting_upper, binomial_p_value, binomial_upper, rows_needed
-from kvroute.candidates import Baseline, Candidate
-from kvroute.confidence_maps import Finite, Frozen, Share
+from kvroute.candidates import Candidate
+from kvroute.confidence_maps import Finite, Floats, Frozen, Share
 from kvroute.errors import InvalidInputError
-
-Floats = np.ndarray[Any, np.dtype[np.float64]]
+from kvroute.routing_curves import Outcome
 
 # ---------------------------------------------------------------------- promises
 
@@ -43,9 +42,9 @@ class AtMostLoss:
     def __str__(self) -> str:
         return f"at most {self.points:g} points of accuracy below always slow"
 
-    def rows(self, c: Candidate, base: Baseline) -> Floats:
+    def rows(self, c: Candidate, base: Outcome) -> Floats:
         """The paired differences, in [-1, 1]; their mean is the loss."""
-        return base.correct - c.correct
+        return base.right - c.right
 
     @property
     def limits(self) -> tuple[float, float, float]:
@@ -68,7 +67,7 @@ class AtMostTokens:
     def __str__(self) -> str:
         return f"at most {self.tokens:g} tokens a question"
 
-    def rows(self, c: Candidate, base: Baseline) -> Floats:  # noqa: ARG002
+    def rows(self, c: Candidate, base: Outcome) -> Floats:  # noqa: ARG002
         """Tokens, in [0, ceiling]."""
         return c.tokens
 
@@ -91,7 +90,7 @@ class AtMostSlow:
     def __str__(self) -> str:
         return f"at most {100 * self.share:g} % of the questions slow"
 
-    def rows(self, c: Candidate, base: Baseline) -> Floats:  # noqa: ARG002
+    def rows(self, c: Candidate, base: Outcome) -> Floats:  # noqa: ARG002
         """Whether slow, in [0, 1]."""
         return c.slow
 
@@ -117,7 +116,7 @@ def p_values(promise: AnyPromise, rows: Floats, delta: float) -> Floats:
     return betting_p_value(rows, a, low=low, high=high, level=delta)
 
 
-def order_candidates(candidates: Sequence[Candidate], baseline: Baseline, promises: Sequence[AnyPromise]) -> list[int]:
+def order_candidates(candidates: Sequence[Candidate], baseline: Outcome, promises: Sequence[AnyPromise]) -> list[int]:
     """The order to test in, from runs of the candidates on **validation** rows: the surest to keep all promises first.
 
     Surest is who has the largest distance to the promise, in standard deviations of a row, at the promise nearest to
@@ -209,7 +208,7 @@ class Certificate(Frozen):
 
 def certify(
     candidates: Sequence[Candidate],
-    baseline: Baseline,
+    baseline: Outcome,
     promises: Sequence[AnyPromise] | AnyPromise,
     delta: float = 0.1,
     *,
@@ -240,13 +239,13 @@ def certify(
     ]
     chosen, reason = _pick(reports, baseline, given)
     if chosen is not None and limits:
-        upper = betting_upper(baseline.correct - candidates[chosen].correct, delta)
+        upper = betting_upper(baseline.right - candidates[chosen].right, delta)
         reports[chosen] = reports[chosen].model_copy(update={"loss_upper": 100 * upper})
     return Certificate(
         promises=tuple(given),
         delta=delta,
-        n=len(baseline.correct),
-        baseline_accuracy=float(baseline.correct.mean()),
+        n=len(baseline.right),
+        baseline_accuracy=float(baseline.right.mean()),
         baseline_tokens=float(baseline.tokens.mean()),
         candidates=tuple(reports),
         chosen=chosen,
@@ -257,13 +256,13 @@ def certify(
 
 def _report(
     c: Candidate,
-    base: Baseline,
+    base: Outcome,
     promises: Sequence[AnyPromise],
     delta: float,
     found: dict[str, float],
     certified: bool,
 ) -> CandidateReport:
-    harmed, n = int((c.correct < base.correct).sum()), len(base.correct)
+    harmed, n = int((c.right < base.right).sum()), len(base.right)
     needed: list[int | None] = []
     for promise in promises:
         x = promise.rows(c, base)
@@ -275,8 +274,8 @@ def _report(
         p_values=found,
         p_value=max(found.values()),
         certified=certified,
-        accuracy=float(c.correct.mean()),
-        loss=100 * float((base.correct - c.correct).mean()),
+        accuracy=float(c.right.mean()),
+        loss=100 * float((base.right - c.right).mean()),
         harm=harmed / n,
         harm_upper=binomial_upper(harmed, n, delta),
         tokens=float(c.tokens.mean()),
@@ -286,7 +285,7 @@ def _report(
     )
 
 
-def _pick(reports: Sequence[CandidateReport], base: Baseline, promises: Sequence[AnyPromise]) -> tuple[int | None, str]:
+def _pick(reports: Sequence[CandidateReport], base: Outcome, promises: Sequence[AnyPromise]) -> tuple[int | None, str]:
     certified = [i for i, r in enumerate(reports) if r.certified]
     if not certified:
         needed = reports[0].rows_needed
@@ -294,7 +293,7 @@ def _pick(reports: Sequence[CandidateReport], base: Baseline, promises: Sequence
             return None, "Always slow: even the surest candidate looks as if it broke the promise."
         return (
             None,
-            f"Always slow: {len(base.correct)} rows do not suffice, about {needed} would for the first candidate.",
+            f"Always slow: {len(base.right)} rows do not suffice, about {needed} would for the first candidate.",
         )
     if any(p.kind == "loss" for p in promises):
         best = min(certified, key=lambda i: reports[i].tokens)
@@ -307,7 +306,7 @@ def _pick(reports: Sequence[CandidateReport], base: Baseline, promises: Sequence
 
 def _check(
     candidates: Sequence[Candidate],
-    base: Baseline,
+    base: Outcome,
     promises: Sequence[AnyPromise],
     delta: float,
 ) -> None:
@@ -317,12 +316,12 @@ def _check(
         raise InvalidInputError("There is no candidate or no promise to test.")
     if len({p.kind for p in promises}) < len(promises):
         raise InvalidInputError("Two promises are of one kind.", hint="Keep the stricter one.")
-    n = len(base.correct)
+    n = len(base.right)
     if n == 0:
         raise InvalidInputError("There is no calibration row.")
-    both: list[tuple[str, Baseline | Candidate]] = [("baseline", base)]
+    both: list[tuple[str, Outcome | Candidate]] = [("baseline", base)]
     for name, x in [*both, *((f"candidate {i}", c) for i, c in enumerate(candidates))]:
-        arrays = {"correct": x.correct, "tokens": x.tokens, **({"slow": x.slow} if isinstance(x, Candidate) else {})}
+        arrays = {"right": x.right, "tokens": x.tokens, **({"slow": x.slow} if isinstance(x, Candidate) else {})}
         for key, array in arrays.items():
             if array.shape != (n,):
                 raise InvalidInputError(f"{key} of {name} has shape {array.shape}, and there are {n} rows.")

@@ -155,9 +155,9 @@ class _Study:
 
     def baseline(self, rows: Sequence[LabelRow]) -> Any:
         """Always slow."""
-        from kvroute.candidates import Baseline
+        from kvroute.routing_curves import Modes
 
-        return Baseline.of(rows)
+        return Modes.of(rows).slow
 
     def candidates(self, policies: Sequence[Policy], difficulty: Any, rows: Sequence[LabelRow]) -> list[Candidate]:
         """The policies on rows."""

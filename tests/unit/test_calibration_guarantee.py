@@ -17,7 +17,7 @@ from kvroute.guarantee import AtMostLoss
 
 def test_the_hard_law_has_the_loss_it_is_given() -> None:
     pool, grid = hard_pool(2_000_000, 1.02, 0)
-    loss = [100 * float((pool.slow_correct - pool.candidate(pair).correct).mean()) for pair in grid]
+    loss = [100 * float((pool.slow_correct - pool.candidate(pair).right).mean()) for pair in grid]
     assert loss[9] == pytest.approx(0.3, abs=0.02)
     assert loss[10:] == pytest.approx([1.02] * (HARD_CANDIDATES - 10), abs=0.04)
     assert pool.candidate(grid[-1]).slow.sum() == 0

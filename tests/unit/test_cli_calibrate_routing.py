@@ -10,13 +10,14 @@ from pathlib import Path
 import pytest
 
 from kvroute import PoolingSpec, TransformersEngine
-from kvroute.candidates import Baseline, one_step_candidate, run_candidate
+from kvroute.candidates import one_step_candidate, run_candidate
 from kvroute.drift import DriftMonitor
 from kvroute.guarantee import Certificate
 from kvroute.heads import DifficultyHead
 from kvroute.label_rows import LabelRow, usable, write_meta
 from kvroute.policy import Policy
 from kvroute.router import Router
+from kvroute.routing_curves import Modes
 from label_data import label_meta, label_rows, ridge_head
 
 SPEC = PoolingSpec(layers="all", part="v", heads="concat", layer_reduce="concat")
@@ -87,8 +88,8 @@ def test_a_policy_is_found_and_can_be_used(
     assert certificate.skeletons == len({r.skeleton for r in calibration})
     difficulty = head.predict(engine.pool([list(r.prompt_ids) for r in calibration], [SPEC], progress=False)[0])
     by_hand = one_step_candidate(difficulty, calibration, policy.tau, policy.give_up)
-    base = Baseline.of(calibration)
-    assert chosen.loss == pytest.approx(100 * float((base.correct - by_hand.correct).mean()))
+    base = Modes.of(calibration).slow
+    assert chosen.loss == pytest.approx(100 * float((base.right - by_hand.right).mean()))
     assert chosen.tokens == pytest.approx(by_hand.tokens.mean())
     assert chosen.saved > 0
     assert chosen.p_value <= 0.2

@@ -7,9 +7,10 @@ import pytest
 from scipy.stats import binom
 
 from kvroute import InvalidInputError
-from kvroute.candidates import Baseline, Candidate, one_step_candidate, one_step_grid, threshold_grid
+from kvroute.candidates import Candidate, one_step_candidate, one_step_grid, quantile_thresholds
 from kvroute.guarantee import AtMostLoss, AtMostSlow, AtMostTokens, Certificate, certify, order_candidates
 from kvroute.label_rows import Attempt, LabelRow
+from kvroute.routing_curves import Modes, Outcome
 
 
 class World:
@@ -24,26 +25,26 @@ class World:
         self.slow_tokens = random.integers(30, 60, n).astype(float)
         self.fast_tokens = random.integers(4, 12, n).astype(float)
 
-    def baseline(self, rows: slice | np.ndarray = slice(None)) -> Baseline:
-        return Baseline(self.slow[rows], self.slow_tokens[rows])
+    def baseline(self, rows: slice | np.ndarray = slice(None)) -> Outcome:
+        return Outcome(self.slow[rows], self.slow_tokens[rows])
 
     def candidate(self, tau: float, rows: slice | np.ndarray = slice(None)) -> Candidate:
         slow = self.difficulty > tau
         return Candidate(
-            {"kind": "one-step", "tau": tau},
             np.where(slow, self.slow, self.fast)[rows],
             np.where(slow, self.slow_tokens, self.fast_tokens)[rows],
             slow[rows].astype(float),
+            {"kind": "one-step", "tau": tau},
         )
 
 
-def paired(worse: int, better: int, n: int, name: str = "x") -> tuple[Candidate, Baseline]:
+def paired(worse: int, better: int, n: int, name: str = "x") -> tuple[Candidate, Outcome]:
     """Rows of which ``worse`` are right by always-slow alone and ``better`` by the candidate alone."""
     slow, own = np.ones(n), np.ones(n)
     own[:worse] = 0
     slow[worse : worse + better] = 0
     order = np.random.default_rng(0).permutation(n)
-    return Candidate(name, own[order], np.full(n, 10.0), np.zeros(n)), Baseline(slow[order], np.full(n, 50.0))
+    return Candidate(own[order], np.full(n, 10.0), np.zeros(n), name), Outcome(slow[order], np.full(n, 50.0))
 
 
 def at_most(k: int, n: int, share: float) -> bool:
@@ -53,8 +54,8 @@ def at_most(k: int, n: int, share: float) -> bool:
 def test_promises_are_kept_and_tokens_saved() -> None:
     """Over many draws of calibration rows, the policy that is picked breaks its promise in at most delta of them."""
     world = World(60_000, 1)
-    grid = threshold_grid(World(2000, 2).difficulty, 12)
-    truth = {t: 100 * float((world.slow - world.candidate(t).correct).mean()) for t in grid}
+    grid = quantile_thresholds(World(2000, 2).difficulty, 12)
+    truth = {t: 100 * float((world.slow - world.candidate(t).right).mean()) for t in grid}
     assert min(truth.values()) < 1 < max(truth.values())
     broken = slow = 0
     saved = []
@@ -78,8 +79,8 @@ def test_a_candidate_at_the_border_is_certified_in_at_most_delta() -> None:
     certified = 0
     for _ in range(400):
         u = random.random(800)
-        base = Baseline((u > 0.005).astype(float), np.full(800, 50.0))  # right alone on 0.015, wrong alone on 0.005
-        own = Candidate("x", (u < 0.985).astype(float), np.full(800, 9.0), np.zeros(800))
+        base = Outcome((u > 0.005).astype(float), np.full(800, 50.0))  # right alone on 0.015, wrong alone on 0.005
+        own = Candidate((u < 0.985).astype(float), np.full(800, 9.0), np.zeros(800), "x")
         certified += certify([own], base, AtMostLoss(1), 0.1, limits=False).chosen == 0
     assert at_most(certified, 400, 0.1)
     assert certified > 0
@@ -89,8 +90,8 @@ def test_the_first_failure_ends_the_sequence_and_the_cheapest_certified_is_picke
     n = 3000
     good, base = paired(3, 2, n, "good")
     bad, _ = paired(200, 2, n, "bad")
-    bold = Candidate("bold", base.correct, np.full(n, 1.0), np.zeros(n))
-    dear = Candidate("dear", base.correct, np.full(n, 20.0), np.zeros(n))
+    bold = Candidate(base.right, np.full(n, 1.0), np.zeros(n), "bold")
+    dear = Candidate(base.right, np.full(n, 20.0), np.zeros(n), "dear")
     found = certify([good, dear, bad, bold], base, AtMostLoss(1))
     assert [r.certified for r in found.candidates] == [True, True, False, False]
     assert found.candidates[3].p_value < 0.1  # it would have passed, had the one before it
@@ -118,8 +119,8 @@ def test_too_few_rows_give_always_slow_and_say_how_many_would_do() -> None:
     passed = 0
     for _ in range(100):  # rows like these, as many as it says
         own = (random.random(found.rows_needed) > 0.01).astype(float)
-        c = Candidate("x", own, own, own)
-        passed += certify([c], Baseline(np.ones_like(own), own + 40), AtMostLoss(2), limits=False).chosen == 0
+        c = Candidate(own, own, own, "x")
+        passed += certify([c], Outcome(np.ones_like(own), own + 40), AtMostLoss(2), limits=False).chosen == 0
     assert passed > 65
 
 
@@ -132,7 +133,7 @@ def test_a_candidate_that_looks_worse_than_promised_needs_no_number() -> None:
 
 def test_what_saves_nothing_is_not_picked() -> None:
     same, base = paired(0, 0, 2000)
-    dear = Candidate("dear", same.correct, base.tokens + 1, same.slow)
+    dear = Candidate(same.right, base.tokens + 1, same.slow, "dear")
     found = certify([dear], base, AtMostLoss(1))
     assert found.candidates[0].certified
     assert found.policy == "slow"
@@ -141,7 +142,7 @@ def test_what_saves_nothing_is_not_picked() -> None:
 def test_several_promises_are_kept_together() -> None:
     world, validation = World(6000, 3), World(3000, 4)
     promises = [AtMostLoss(2.0), AtMostTokens(32, ceiling=64), AtMostSlow(0.6)]
-    grid = threshold_grid(validation.difficulty, 10)
+    grid = quantile_thresholds(validation.difficulty, 10)
     order = order_candidates([validation.candidate(t) for t in grid], validation.baseline(), promises)
     found = certify([world.candidate(grid[i]) for i in order], world.baseline(), promises)
     assert found.chosen is not None
@@ -157,7 +158,7 @@ def test_several_promises_are_kept_together() -> None:
 def test_without_a_promised_loss_the_most_accurate_is_picked() -> None:
     world, validation = World(4000, 5), World(2000, 6)
     promises = [AtMostSlow(0.5)]
-    grid = threshold_grid(validation.difficulty, 10)
+    grid = quantile_thresholds(validation.difficulty, 10)
     order = order_candidates([validation.candidate(t) for t in grid], validation.baseline(), promises)
     assert grid[order[0]] == 100.0  # never slow: the surest
     found = certify([world.candidate(grid[i]) for i in order], world.baseline(), promises)
@@ -169,7 +170,7 @@ def test_without_a_promised_loss_the_most_accurate_is_picked() -> None:
 
 def test_always_slow_keeps_no_promise_on_tokens() -> None:
     c, base = paired(0, 0, 500)
-    found = certify([Candidate("x", c.correct, np.full(500, 40.0), c.slow)], base, AtMostTokens(20, ceiling=60))
+    found = certify([Candidate(c.right, np.full(500, 40.0), c.slow, "x")], base, AtMostTokens(20, ceiling=60))
     assert found.policy == "slow"
     assert not found.holds
     assert str(found).startswith("Not promised")
@@ -212,10 +213,10 @@ def test_one_step_takes_the_fast_answer_up_to_the_threshold() -> None:
     rows = [labelled(0, True, False), labelled(1, False, True), labelled(2, False, True)]
     found = one_step_candidate([10, 50, 50.5], rows, 50.0, policy={"head": "h"})
     assert found.policy == {"kind": "one-step", "head": "h", "tau": 50.0, "give_up": None}
-    assert found.correct.tolist() == [1, 0, 1]
+    assert found.right.tolist() == [1, 0, 1]
     assert found.tokens.tolist() == [3, 3, 30]
     assert found.slow.tolist() == [0, 0, 1]
-    assert Baseline.of(rows).correct.tolist() == [0, 1, 1]
+    assert Modes.of(rows).slow.right.tolist() == [0, 1, 1]
     with pytest.raises(InvalidInputError):
         one_step_candidate([10.0], rows, 50.0)
 
@@ -228,7 +229,7 @@ def test_pairs_give_up_where_thinking_does_not_help() -> None:
         difficulty.append([10.0, 50.0, 90.0][kind] + (i % 9))
     pairs = one_step_grid(difficulty, rows, 8)
     candidates = [one_step_candidate(difficulty, rows, *pair) for pair in pairs]
-    losses = [float((Baseline.of(rows).correct - c.correct).mean()) for c in candidates]
+    losses = [float((Modes.of(rows).slow.right - c.right).mean()) for c in candidates]
     tokens = [float(c.tokens.mean()) for c in candidates]
     assert losses == sorted(losses)
     assert tokens == sorted(tokens, reverse=True)
@@ -239,14 +240,14 @@ def test_pairs_give_up_where_thinking_does_not_help() -> None:
 
 
 def test_grid_ascends_and_ends_with_always_fast() -> None:
-    grid = threshold_grid(np.random.default_rng(0).uniform(0, 100, 500), 10)
+    grid = quantile_thresholds(np.random.default_rng(0).uniform(0, 100, 500), 10)
     assert len(grid) == 10
     assert grid == sorted(set(grid))
     assert grid[-1] == 100.0
-    assert threshold_grid([40.0] * 9, 5) == [40.0, 100.0]
+    assert quantile_thresholds([40.0] * 9, 5) == [40.0, 100.0]
     for bad in ([], [float("nan")]):
         with pytest.raises(InvalidInputError):
-            threshold_grid(bad)
+            quantile_thresholds(bad)
 
 
 def test_what_cannot_be_tested_is_refused() -> None:
@@ -256,8 +257,8 @@ def test_what_cannot_be_tested_is_refused() -> None:
         ([c], [], 0.1),
         ([c], [AtMostLoss(1), AtMostLoss(2)], 0.1),
         ([c], AtMostLoss(1), 1.0),
-        ([Candidate("x", c.correct[:-1], c.tokens, c.slow)], AtMostLoss(1), 0.1),
-        ([Candidate("x", c.correct + 1, c.tokens, c.slow)], AtMostLoss(1), 0.1),
+        ([Candidate(c.right[:-1], c.tokens, c.slow, "x")], AtMostLoss(1), 0.1),
+        ([Candidate(c.right + 1, c.tokens, c.slow, "x")], AtMostLoss(1), 0.1),
         ([c], AtMostTokens(5, ceiling=8), 0.1),  # a row of 10 tokens
     ]:
         with pytest.raises(InvalidInputError):
