@@ -35,10 +35,10 @@ demo: $(VENV)/.base  ## install, then route questions, embed and self-evaluate (
 test: test-unit test-real  ## install what the tests need and run them all
 
 test-unit: $(VENV)/.test  ## the tests on tiny models: seconds, no network
-	@$(BIN)/python -m pytest -q -m "not real and not docs"
+	@$(BIN)/python -m pytest -q -m "not real and not docs and not vllm"
 
 test-real: $(VENV)/.test  ## the tests with the real SmolLM2, the README and the examples
-	@$(BIN)/python -m pytest -q -m "real or docs"
+	@$(BIN)/python -m pytest -q -m "(real or docs) and not vllm"
 
 lint: $(VENV)/.test  ## ruff
 	@$(BIN)/ruff check .
