@@ -53,8 +53,16 @@ class SpecError(InvalidInputError):
     """A pooling or chain spec makes no sense, alone or for this model."""
 
 
+class AskError(InvalidInputError):
+    """What a request to a server asks of kvroute can't be done. Its text goes to the client: no path, no secret."""
+
+
 class UnsupportedModelError(KVRouteError):
     """The model keeps no KV cache that kvroute can read, or not the part that was asked for."""
+
+
+class UnsupportedLayoutError(KVRouteError):
+    """The serving engine stores keys and values in a way that kvroute can't read."""
 
 
 class WindowedLayerError(KVRouteError):

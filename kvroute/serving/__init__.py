@@ -1,0 +1,1 @@
+"""What runs inside and beside a vLLM server."""
