@@ -177,7 +177,8 @@ def _page_table(
     first: list[int] = []
     for number, (by_group, length, start) in enumerate(zip(block_ids, lengths, starts, strict=True)):
         block = size * ratio
-        low, high = start // block, -(-length // block)
+        low = start // block
+        high = -(-length // block) if start < length else low
         if layer.group >= len(by_group) or len(by_group[layer.group]) < high:
             have = len(by_group[layer.group]) if layer.group < len(by_group) else 0
             raise InvalidInputError(
