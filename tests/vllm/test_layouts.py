@@ -1,0 +1,147 @@
+"""kvroute's layouts against the caches of a real vLLM engine on CPU.
+
+What is read through block ids must be what transformers keeps for the same tokens. Models are tiny and random;
+their sizes are those that vLLM's CPU attention takes (head sizes from 32, MLA of 512 + 64).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("vllm")
+
+import torch
+import transformers
+
+from kvroute.serving.cpu_layout import PartStrides, find_area
+from kvroute.serving.vllm_facts import cpu_writer
+
+pytestmark = pytest.mark.vllm
+ROOT = Path(__file__).parents[2]
+
+_COMMON = {
+    "vocab_size": 320,
+    "hidden_size": 96,
+    "intermediate_size": 96,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 3,
+    "max_position_embeddings": 512,
+    "initializer_range": 0.1,
+    "tie_word_embeddings": False,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+_LATENT = {
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "q_lora_rank": None,
+    "kv_lora_rank": 512,
+    "qk_rope_head_dim": 64,
+    "qk_nope_head_dim": 32,
+    "v_head_dim": 32,
+    "first_k_dense_replace": 4,
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 32,
+    "n_group": 1,
+    "topk_group": 1,
+}
+MODELS = {
+    "llama": ("Llama", {"head_dim": 32}),
+    "llama_80": ("Llama", {"head_dim": 80}),  # no multiple of 32: the instruction set vec16
+    "qwen3": ("Qwen3", {"head_dim": 64}),
+    "gemma3": (
+        "Gemma3",
+        {"head_dim": 32, "sliding_window": 40, "query_pre_attn_scalar": 32}
+        | {"layer_types": [f"{kind}_attention" for kind in ("sliding", "full", "sliding", "sliding")]},
+    ),
+    "deepseek_v2": ("DeepseekV2", _LATENT | {"topk_method": "greedy"}),
+    "deepseek_v3": ("DeepseekV3", _LATENT),
+}
+PROMPTS = [[(7 * i * i + 3 * i + n) % 300 + 5 for i in range(length)] for n, length in enumerate((150, 33, 64, 1))]
+
+
+def build(name: str, folder: Path, dtype: torch.dtype) -> torch.nn.Module:
+    kind, changes = MODELS[name]
+    config_name = f"{kind}TextConfig" if kind == "Gemma3" else f"{kind}Config"
+    config = getattr(transformers, config_name)(**(_COMMON | changes))
+    torch.manual_seed(0)
+    model = getattr(transformers, f"{kind}ForCausalLM")(config).to(dtype).eval()
+    model.save_pretrained(folder)
+    return model
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype", "engine"),
+    [
+        ("llama", torch.float32, {"block_size": 32}),
+        ("llama_80", torch.float32, {"block_size": 16}),
+        ("qwen3", torch.bfloat16, {"block_size": 128}),
+        ("gemma3", torch.float32, {"block_size": 32, "max_num_batched_tokens": 64, "max_num_seqs": 4}),
+        ("deepseek_v2", torch.float32, {}),
+        ("deepseek_v3", torch.float32, {}),
+    ],
+)
+def test_pages_hold_what_transformers_keeps(tmp_path, name, dtype, engine):
+    model = build(name, tmp_path / "model", dtype)
+    job = {"prompts": PROMPTS, "max_tokens": 4, "engine": engine | {"dtype": str(dtype).removeprefix("torch.")}}
+    command = [sys.executable, "-m", "tests.vllm.read_caches", str(tmp_path / "model"), str(tmp_path / "read.pt")]
+    environment = {
+        **os.environ,
+        "VLLM_CPU_KVCACHE_SPACE": "1",
+        "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}",
+        "VLLM_NO_USAGE_STATS": "1",
+    }
+    run = subprocess.run(  # noqa: PLW1510 - the output is shown first
+        [*command, json.dumps(job)], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=400
+    )
+    assert run.returncode == 0, run.stdout[-2000:] + run.stderr[-4000:]
+    saved = torch.load(tmp_path / "read.pt", weights_only=True)
+    windows = [p["window"] for p in saved["pages"]]
+    assert windows == ([40, None, 40, 40] if name == "gemma3" else [None] * 4)
+    # rounding: different kernels compute the same layers
+    tolerance = 2e-4 if dtype == torch.float32 else 0.06
+    for prompt, read in zip(PROMPTS, saved["read"], strict=True):
+        assert read["tokens"] == len(prompt) + 3  # the last sampled token has no K and V yet
+        ids = torch.tensor([read["ids"][: read["tokens"]]])
+        # an own cache without windows: transformers' windowed layers would keep the window alone
+        cache = transformers.DynamicCache()
+        with torch.no_grad():
+            model(ids, past_key_values=cache, use_cache=True)
+        assert len(cache.layers) == len(read["layers"])
+        for layer, kept, window in zip(read["layers"], cache.layers, windows, strict=True):
+            first = layer["first"]
+            assert first == 0 or (window is not None and read["tokens"] - first >= window - 1)
+            assert (first > 0) == (window is not None and len(prompt) == 150)
+            for part in ("keys", "values"):
+                expected, got = getattr(kept, part)[0][:, first:].float(), layer[part].float()
+                assert got.shape == expected.shape
+                scale = float(expected.abs().max())
+                assert float((got - expected).abs().max()) <= tolerance * scale
+
+
+@pytest.mark.parametrize(
+    ("isa", "dtype", "tokens", "size"),
+    [
+        ("vec", torch.float32, 32, 64),
+        ("vec", torch.bfloat16, 128, 96),
+        ("vec", torch.float16, 64, 32),
+        ("vec16", torch.float32, 16, 80),
+        ("vec16", torch.bfloat16, 48, 112),
+    ],
+)
+def test_the_engines_own_op_shows_its_layout(isa, dtype, tokens, size):
+    import vllm.platforms
+
+    assert vllm.platforms.current_platform.is_cpu(), "needs vLLM's CPU build"
+    keys, values = find_area(cpu_writer(), heads=3, tokens=tokens, size=size, dtype=dtype, isa=isa)
+    assert keys == PartStrides(0, 1, tokens)  # the keys of a block are transposed
+    assert values == PartStrides(tokens * size, size, 1)
