@@ -122,9 +122,8 @@ def read_ask(kv_transfer_params: object, config: ServingConfig) -> Ask | None:
         ask = Ask(**{**asked, "features": _features(asked.get("features"), config)})
         plan = ask.plan
     except SpecError as error:
-        raise AskError(
-            _cut(error.message.replace("Not a Ask", "The ask is wrong")), hint=error.hint or _FORM
-        ) from error
+        text = re.sub(r"^Not a (Ask|PooledFeature)", "The ask is wrong", error.message)
+        raise AskError(_cut(text), hint=error.hint or _FORM) from error
     for name, (_, spec) in plan.pooled.items():
         _check_spec(name, spec, config)
     _check_decision(ask, config)
