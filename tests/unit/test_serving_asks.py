@@ -151,7 +151,7 @@ CYCLE.append(CYCLE)
         ({"features": {"\u0444\U0001f600": "length"}}, "no name for a feature", "Letters"),
         ({"features": {"a\n": "length"}}, "no name for a feature", "Letters"),
         ({"features": {"a": {"layer": "all"}}}, "no field 'layer'", "Did you mean 'layers'"),
-        ({"features": {"a": {"layers": "lots"}}}, "The ask is wrong: layers: Value error, 'lots' is none of", "It looks like"),
+        ({"features": {"a": {"layers": "lots"}}}, "The ask is wrong: layers: Value error, 'lots'", "It looks like"),
         ({"features": {"a": {"layers": []}}}, "at least one layer", "It looks like"),
         ({"features": {"a": {"layers": [[1]]}}}, "nested deeper than 4", "It looks like"),
         ({"features": {"a": {"window": 0}}}, "window", "It looks like"),
