@@ -53,6 +53,18 @@ _LATENT = {
     "moe_intermediate_size": 32,
     "n_group": 1,
     "topk_group": 1,
+    # vLLM 0.32 rotates plain RoPE of MLA wrongly on CPU: its in-place op takes the rope keys, a view into rows of
+    # 576, for rows of 64, and gives token t the position 9 t. Published models scale RoPE, which takes another path.
+    "rope_parameters": {
+        "rope_type": "yarn",
+        "rope_theta": 10000.0,
+        "factor": 4.0,
+        "original_max_position_embeddings": 128,
+        "mscale": 1.0,
+        "mscale_all_dim": 1.0,
+        "beta_fast": 32,
+        "beta_slow": 1,
+    },
 }
 MODELS = {
     "llama": ("Llama", {"head_dim": 32}),
@@ -83,7 +95,7 @@ def build(name: str, folder: Path, dtype: torch.dtype) -> torch.nn.Module:
     ("name", "dtype", "engine"),
     [
         ("llama", torch.float32, {"block_size": 32}),
-        ("llama_80", torch.float32, {"block_size": 16}),
+        ("llama_80", torch.float32, {"block_size": 96}),
         ("qwen3", torch.bfloat16, {"block_size": 128}),
         ("gemma3", torch.float32, {"block_size": 32, "max_num_batched_tokens": 64, "max_num_seqs": 4}),
         ("deepseek_v2", torch.float32, {}),
