@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-pytest.importorskip("vllm")
+pytest.importorskip("vllm.platforms")  # this folder alone makes an importable, empty "vllm"
 
 import torch
 import transformers
