@@ -107,6 +107,26 @@ class OutOfMemoryError(KVRouteError):
     """Even the smallest batch does not fit the memory."""
 
 
+class ServerError(KVRouteError):
+    """A server gave an error, or an answer that can't be used. ``status`` is its HTTP status, or None."""
+
+    def __init__(self, message: str, *, hint: str | None = None, status: int | None = None) -> None:
+        self.status = status
+        super().__init__(message, hint=hint)
+
+
+class ServerUnreachableError(ServerError):
+    """No server could be reached, or the connection broke and could not be made again."""
+
+
+class ServerTimeoutError(ServerError):
+    """A server took longer than the client waits."""
+
+
+class ConnectorMissingError(ServerError):
+    """A server answers, and kvroute does not run inside it."""
+
+
 class MissingExtraError(KVRouteError, ImportError):
     """A package of an optional extra is not installed."""
 

@@ -1,0 +1,271 @@
+"""Requests to servers, in the event loop that holds the connections: sent again where none answered, and cancelled."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Coroutine, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from kvroute.errors import (
+    ConnectorMissingError,
+    EmptyTextError,
+    InvalidInputError,
+    ServerTimeoutError,
+    ServerUnreachableError,
+)
+from kvroute.generation import CancelToken, Generation, GenerationChunk, Prompt, SamplingOptions, Timings, TokenIds
+from kvroute.info import ModelInfo
+from kvroute.serving.asks import Ask
+from kvroute.serving.servers import LostConnectionError, Server, Servers
+from kvroute.serving.wire import Answer, read_completion, read_tokens, request_body
+
+T = TypeVar("T")
+_COMPLETIONS = "/v1/completions"
+_TICK = 0.02
+"""Seconds between two looks at a cancel token."""
+_CHECK = 30.0
+"""Seconds for a server to say which models it has; then it counts as dead."""
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """One request: its place among the prompts, the prompt, and what is wanted."""
+
+    index: int
+    prompt: str | TokenIds
+    ask: Ask | None
+    options: SamplingOptions
+    seed: int | None
+
+    def __post_init__(self) -> None:
+        check_text(self.index, self.prompt)
+        if not (self.prompt if isinstance(self.prompt, str) else self.prompt.ids):
+            raise EmptyTextError(self.index)
+
+    def body(self, model: str, *, stream: bool) -> dict[str, Any]:
+        """Its JSON."""
+        return request_body(self.prompt, model=model, ask=self.ask, options=self.options, seed=self.seed, stream=stream)
+
+
+class Sender:
+    """Sends jobs to servers. All methods are called in one event loop.
+
+    Args:
+        servers: who may take them.
+        model: as the servers name it; None takes the first that one of them has, from then on.
+        info: the model, if known: features must have its sizes.
+        timeout: seconds until an answer, or the next piece of a stream.
+        attempts: how often a request is sent at most.
+        in_flight: requests at a time.
+    """
+
+    def __init__(
+        self,
+        servers: Servers,
+        *,
+        model: str | None,
+        info: ModelInfo | None,
+        timeout: float,
+        attempts: int,
+        in_flight: int,
+    ) -> None:
+        self.servers = servers
+        self.model = model
+        self._info = info
+        self._timeout = timeout
+        self._attempts = attempts
+        self._slots = asyncio.Semaphore(in_flight)
+        self._checking = asyncio.Lock()
+
+    async def all(self, works: Sequence[Coroutine[Any, Any, T]]) -> list[T]:
+        """Results in order; the first error ends the others."""
+        tasks = [asyncio.ensure_future(work) for work in works]
+        try:
+            return list(await asyncio.gather(*tasks))
+        finally:
+            await _end(*tasks)
+
+    async def batch(
+        self, jobs: Sequence[Job], cancel: CancelToken | None, done: Callable[[int], None]
+    ) -> list[Generation]:
+        """Answers in order; ``done`` is told of each."""
+
+        async def one(job: Job) -> Generation:
+            began = time.monotonic()
+
+            async def send(server: Server, model: str) -> Generation:
+                answer = Answer()
+                body = await server.ask(_COMPLETIONS, job.body(model, stream=False), within=self._timeout)
+                answer.add(read_completion(body))
+                return self._whole(answer, job, server, _timings(began, None))
+
+            found = await _unless(cancel, self.send(send))
+            done(1)
+            return found or Answer().generation(job.ask, _timings(began, None), cancelled=True)
+
+        return await self.all([one(job) for job in jobs])
+
+    async def streams(
+        self, jobs: Sequence[Job], cancel: CancelToken | None, give: Callable[[GenerationChunk], None]
+    ) -> None:
+        """Answers piece by piece, each to ``give``."""
+
+        async def one(job: Job) -> None:
+            began = time.monotonic()
+            first: float | None = None
+            answer = Answer()
+
+            async def send(server: Server, model: str) -> Generation:
+                nonlocal first, answer
+                answer = Answer()
+                events = server.events(_COMPLETIONS, job.body(model, stream=True), within=self._timeout)
+                try:
+                    async for event in events:
+                        text, tokens = answer.add(read_completion(event))
+                        if not text and not tokens:
+                            continue
+                        first = first or time.monotonic()
+                        for token in tokens[:-1]:  # the text of several tokens comes with the last of them
+                            give(GenerationChunk(job.index, "", token))
+                        give(GenerationChunk(job.index, text, tokens[-1] if tokens else None))
+                    return self._whole(answer, job, server, _timings(began, first))
+                except LostConnectionError as error:
+                    if first is None:
+                        raise
+                    server.failed()
+                    raise ServerUnreachableError(
+                        f"{server.url} was lost in the middle of a stream: {error}",
+                        hint="Ask again; generate() does so by itself.",
+                    ) from error
+                finally:
+                    await events.aclose()
+
+            found = await _unless(cancel, self.send(send))
+            whole = found or answer.generation(job.ask, _timings(began, first), cancelled=True)
+            give(GenerationChunk(job.index, "", None, whole))
+
+        await self.all([one(job) for job in jobs])
+
+    async def tokens(self, prompt: Prompt, *, special_tokens: bool = True) -> list[int]:
+        """Token ids of a text, or of a chat with the turn opened, by a server."""
+        if isinstance(prompt, TokenIds):
+            return list(prompt.ids)
+        body: dict[str, Any]
+        if isinstance(prompt, str):
+            body = {"prompt": prompt, "add_special_tokens": special_tokens}
+        else:
+            body = {"messages": [dict(m) for m in prompt], "add_generation_prompt": True}
+
+        async def send(server: Server, model: str) -> list[int]:
+            return read_tokens(await server.ask("/tokenize", {"model": model, **body}, within=self._timeout))
+
+        return await self.send(send)
+
+    async def named(self) -> str:
+        """The model's name."""
+
+        async def send(_: Server, model: str) -> str:
+            return model
+
+        return await self.send(send)
+
+    async def send(self, work: Callable[[Server, str], Coroutine[Any, Any, T]]) -> T:
+        """Do a request's work with a server and the model's name, again and elsewhere while it gets no answer.
+
+        Raises:
+            ServerUnreachableError: it never got one.
+            whatever the work raises.
+        """
+        lost: LostConnectionError | None = None
+        server: Server | None = None
+        async with self._slots:
+            for _ in range(self._attempts):
+                server = await self.servers.next(avoid=server)
+                with self.servers.taking(server):
+                    try:
+                        return await work(server, await self._checked(server))
+                    except LostConnectionError as error:
+                        lost = error
+                        server.failed()
+        assert server is not None
+        others = f" and {len(self.servers.all) - 1} more" if len(self.servers.all) > 1 else ""
+        raise ServerUnreachableError(
+            f"{server.url}{others} can't be reached ({self._attempts} attempts; the last: {lost}).",
+            hint="Is the server running, and is the address right? `curl URL/v1/models` shows it.",
+        ) from lost
+
+    async def close(self) -> None:
+        """End all requests and close all connections."""
+        here = asyncio.current_task()
+        await _end(*(t for t in asyncio.all_tasks() if t is not here))
+        await self.servers.close()
+        await asyncio.get_running_loop().shutdown_asyncgens()
+
+    async def _checked(self, server: Server) -> str:
+        if self.model is None or not server.checked:
+            async with self._checking:
+                if self.model is None or not server.checked:
+                    try:
+                        self.model = await server.check(self.model, within=min(self._timeout, _CHECK))
+                    except ServerTimeoutError as error:
+                        raise LostConnectionError("it does not say which models it has") from error
+        return self.model
+
+    def _whole(self, answer: Answer, job: Job, server: Server, timings: Timings) -> Generation:
+        if answer.finish is None or answer.aborted:
+            raise LostConnectionError("it gave the request up" if answer.aborted else "the answer has no end")
+        if answer.extra is not None:
+            server.connector = True
+        elif job.ask is not None and not server.connector:
+            raise ConnectorMissingError(
+                f"{server.url} gave an answer, and no features: kvroute does not run in it.",
+                hint="Install kvroute in the server's environment and start it with --kv-transfer-config "
+                '\'{"kv_connector":"KVRouteConnector","kv_role":"kv_producer"}\'.',
+            )
+        return answer.generation(job.ask, timings, info=self._info)
+
+
+async def _unless(cancel: CancelToken | None, work: Coroutine[Any, Any, T]) -> T | None:
+    """The work's result, or None where it was cancelled before; then its connection is closed."""
+    if cancel is None:
+        return await work
+    task = asyncio.ensure_future(work)
+    try:
+        while not task.done():
+            if cancel.cancelled:
+                return None
+            await asyncio.wait([task], timeout=_TICK)
+        return task.result()
+    finally:
+        await _end(task)
+
+
+async def _end(*tasks: asyncio.Task[Any]) -> None:
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def _timings(began: float, first: float | None) -> Timings:
+    now = time.monotonic()
+    start = began if first is None else first
+    return Timings(start - began, now - start, 0.0)
+
+
+def check_text(index: int, prompt: object) -> None:
+    """Refuse a text that is no Unicode.
+
+    Raises:
+        InvalidInputError: it holds a lone surrogate.
+    """
+    if not isinstance(prompt, str):
+        return
+    try:
+        prompt.encode()
+    except UnicodeEncodeError as error:
+        raise InvalidInputError(
+            f"Text {index} can't be sent: {error.reason} at character {error.start}.",
+            hint="Clean it first, e.g. with text.encode('utf-8', 'replace').decode().",
+        ) from error
