@@ -1,0 +1,179 @@
+"""The class that vLLM loads: a thin shell around :class:`SchedulerSide` and :class:`WorkerSide`."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from vllm.distributed.kv_transfer.kv_connector.v1.base import (
+    KVConnectorBase_V1,
+    KVConnectorMetadata,
+    KVConnectorRole,
+    KVConnectorWorkerMetadata,
+    SupportsHMA,
+)
+
+from kvroute.serving.asks import KEY
+from kvroute.serving.config import ServingConfig
+from kvroute.serving.layouts import layer_pages
+from kvroute.serving.messages import Array, StepMeta, StepResults
+from kvroute.serving.scheduler import SchedulerSide
+from kvroute.serving.vllm_facts import cache_facts, cpu_writer
+from kvroute.serving.worker import WorkerSide
+from kvroute.token_weights import FrequencyTable
+
+if TYPE_CHECKING:
+    import torch
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass
+class StepMessage(KVConnectorMetadata):  # type: ignore[misc]
+    """To the workers."""
+
+    meta: StepMeta = field(default_factory=StepMeta)
+
+
+@dataclass
+class StepAnswer(KVConnectorWorkerMetadata):  # type: ignore[misc]
+    """From a worker, in rank order."""
+
+    results: StepResults = field(default_factory=StepResults)
+
+    def aggregate(self, other: KVConnectorWorkerMetadata) -> KVConnectorWorkerMetadata:
+        """With the next rank's."""
+        assert isinstance(other, StepAnswer)
+        return StepAnswer(self.results.merge(other.results))
+
+
+class KVRouteConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
+    """Reads features and scores from the engine's paged cache. It moves no blocks and changes no token."""
+
+    def __init__(self, vllm_config: Any, role: KVConnectorRole, kv_cache_config: Any) -> None:
+        super().__init__(vllm_config, role, kv_cache_config)
+        config = ServingConfig.read(self._kv_transfer_config.kv_connector_extra_config or None)
+        self._worker: WorkerSide | None = None
+        self._scheduler: SchedulerSide | None = None
+        if role == KVConnectorRole.SCHEDULER:
+            off = None
+            if vllm_config.speculative_config is not None:
+                off = "kvroute reads no features under speculative decoding: drafted tokens may be taken back."
+            if vllm_config.parallel_config.pipeline_parallel_size != 1:
+                off = "kvroute reads no features in a pipeline: a rank has only some of the layers."
+            sizes = [group.kv_cache_spec.block_size for group in kv_cache_config.kv_cache_groups]
+            self._scheduler = SchedulerSide(config, sizes, _sif_table(vllm_config), off)
+
+    # ------------------------------------------------------------------ worker
+
+    def register_kv_caches(self, kv_caches: dict[str, torch.Tensor]) -> None:
+        """Raises UnsupportedLayoutError, which ends the start: a cache that can't be read is no server of ours."""
+        facts = cache_facts(self._vllm_config, self._kv_cache_config)
+        self._worker = WorkerSide(layer_pages(facts, kv_caches, cpu_writer()))
+
+    def _step(self) -> None:
+        if self._worker is not None and self.has_connector_metadata():
+            message = self._get_connector_metadata()
+            if isinstance(message, StepMessage):
+                self._worker.step(message.meta)
+
+    def finish_forward(self) -> None:
+        self._step()
+
+    def wait_for_save(self) -> None:
+        self._step()
+
+    def get_finished(self, finished_req_ids: set[str]) -> tuple[set[str] | None, set[str] | None]:  # noqa: ARG002
+        self._step()
+        return None, None
+
+    def build_connector_worker_meta(self) -> KVConnectorWorkerMetadata | None:
+        self._step()
+        results = None if self._worker is None else self._worker.results()
+        return None if results is None else StepAnswer(results)
+
+    def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
+        """Nothing is loaded."""
+
+    def wait_for_layer_load(self, layer_name: str) -> None:
+        """Nothing is loaded."""
+
+    def save_kv_layer(self, layer_name: str, kv_layer: Any, attn_metadata: Any, **kwargs: Any) -> None:
+        """Nothing is saved; and under full CUDA graphs this is not called."""
+
+    # ------------------------------------------------------------------ scheduler
+
+    @property
+    def requires_kv_delivery(self) -> bool:
+        """Nobody waits for blocks of ours."""
+        return False
+
+    def on_new_request(self, request: Any) -> None:
+        if self._scheduler is not None:
+            params = request.kv_transfer_params
+            self._scheduler.on_request(
+                request.request_id, params, int(request.num_prompt_tokens), request.all_token_ids
+            )
+
+    def get_num_new_matched_tokens(self, request: Any, num_computed_tokens: int) -> tuple[int | None, bool]:  # noqa: ARG002
+        return 0, False
+
+    def update_state_after_alloc(self, request: Any, blocks: Any, num_external_tokens: int) -> None:
+        """Nothing was loaded."""
+
+    def build_connector_meta(self, scheduler_output: Any) -> KVConnectorMetadata:
+        side = self._scheduler
+        if side is None:
+            return StepMessage()
+        scheduled = []
+        try:
+            state = scheduler_output.kv_connector_block_state
+            cached = scheduler_output.scheduled_cached_reqs
+            starts = [(r.req_id, r.num_computed_tokens) for r in scheduler_output.scheduled_new_reqs]
+            starts += zip(cached.req_ids, cached.num_computed_tokens, strict=True)
+            for request, start in starts:
+                if side.asked(request):
+                    count = scheduler_output.num_scheduled_tokens[request]
+                    scheduled.append((request, start, count, state.get_block_ids(request)))
+        except Exception:  # noqa: BLE001 - the engine must not see it
+            _log.exception("kvroute could not read the engine's schedule.")
+        return StepMessage(side.step(scheduled))
+
+    def update_connector_output(self, connector_output: Any) -> None:
+        if self._scheduler is not None:
+            answer = connector_output.kv_connector_worker_meta
+            self._scheduler.merge(answer.results if isinstance(answer, StepAnswer) else None)
+
+    def request_finished(self, request: Any, block_ids: Any) -> tuple[bool, dict[str, Any] | None]:  # noqa: ARG002
+        if self._scheduler is None:
+            return False, None
+        box = self._scheduler.finished(request.request_id, int(request.num_output_tokens))
+        return False, None if box is None else {KEY: box}
+
+    def request_finished_all_groups(self, request: Any, block_ids: Any) -> tuple[bool, dict[str, Any] | None]:
+        return self.request_finished(request, block_ids)
+
+    def reset_cache(self) -> bool | None:
+        return True
+
+
+def _sif_table(vllm_config: Any) -> Any:
+    """SIF weights by ``a``, from the vocabulary's frequencies; the tokenizer is read at the first use."""
+    tables: dict[float, Array] = {}
+    frequencies: list[FrequencyTable] = []
+
+    def weights(a: float) -> Array:
+        if not frequencies:
+            from transformers import AutoTokenizer
+
+            model = vllm_config.model_config
+            tokenizer = AutoTokenizer.from_pretrained(
+                model.tokenizer, revision=model.tokenizer_revision, trust_remote_code=model.trust_remote_code
+            )
+            frequencies.append(FrequencyTable.from_vocabulary(tokenizer))
+        if a not in tables:
+            tables[a] = frequencies[0].weights(a)
+        return tables[a]
+
+    return weights

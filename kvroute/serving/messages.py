@@ -1,0 +1,151 @@
+"""What travels from the scheduler to the workers and back, each step. Pickled, so small and without our classes' state.
+
+All numbers that come back are *partial sums over KV heads or over tokens*, so that ranks of a tensor-parallel group
+merge exactly: sums of keys and values are joined head after head in rank order; squared norms are added before any
+root or angle is taken.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+Array = np.ndarray[Any, Any]
+
+
+@dataclass(slots=True)
+class StepRequest:
+    """What is to be read of one request when this step has run.
+
+    Attributes:
+        id: the engine's.
+        prompt_len: tokens of its prompt.
+        low, high: answer tokens ``low..high`` (positions from the prompt's start) are new; equal if there are none.
+        prompt: the prompt is whole now: pool it.
+        skip: by KV cache group, how many blocks are left out before ``blocks``.
+        blocks: by KV cache group, block ids.
+        ask: what it asks (``Ask.to_dict``), the first time.
+        weights: by sif_a, SIF weights: of the whole prompt where ``prompt``, else of tokens ``low - w..high``, of which
+            ``w = window`` leave.
+        window: tokens before ``low`` that are still read, because they leave a windowed sum.
+    """
+
+    id: str
+    prompt_len: int
+    low: int
+    high: int
+    prompt: bool
+    skip: tuple[int, ...]
+    blocks: tuple[list[int], ...]
+    ask: dict[str, Any] | None = None
+    weights: dict[float, Array] = field(default_factory=dict)
+    window: int = 0
+
+
+@dataclass(slots=True)
+class StepMeta:
+    """A step: what to read, and whose state to drop."""
+
+    requests: list[StepRequest] = field(default_factory=list)
+    finished: list[str] = field(default_factory=list)
+
+
+@dataclass(slots=True)
+class Sums:
+    """Sums of one feature of R requests so far.
+
+    Attributes:
+        ids: R requests.
+        keys: ``[R, n_layers, H, D]`` float32, or None.
+        values: ``[R, n_layers, H, Dv]`` float32, or None.
+        weight: ``[R]`` float64, sum of the weights.
+    """
+
+    ids: list[str]
+    keys: Array | None
+    values: Array | None
+    weight: Array
+
+    def join(self, other: Sums) -> Sums:
+        """With the heads of the next rank behind ours."""
+        return Sums(self.ids, _cat(self.keys, other.keys), _cat(self.values, other.values), self.weight)
+
+
+@dataclass(slots=True)
+class Norms:
+    """Squared lengths of the chains of R requests, to which T tokens came.
+
+    Attributes:
+        ids: R requests.
+        counts: ``[R]`` new tokens each.
+        steps: ``[T, 2]`` float64, by new token the squared distance to the one before (0 for the first) and the
+            squared norm, request after request.
+        span: ``[R]`` float64, squared distance of the newest token from the first.
+        layers: ``[R, L, 2]`` float64, the same by layer of the sum over tokens.
+        layer_span: ``[R]`` float64, squared distance of the last layer from the first.
+    """
+
+    ids: list[str]
+    counts: Array
+    steps: Array
+    span: Array
+    layers: Array
+    layer_span: Array
+
+    def add(self, other: Norms) -> Norms:
+        """Summed with another rank's heads."""
+        return Norms(
+            self.ids,
+            self.counts,
+            self.steps + other.steps,
+            self.span + other.span,
+            self.layers + other.layers,
+            self.layer_span + other.layer_span,
+        )
+
+
+@dataclass(slots=True)
+class StepResults:
+    """What a worker read in a step.
+
+    Attributes:
+        sums: by feature key (see :func:`kvroute.serving.worker.feature_key`), answers and prompts.
+        norms: of the chains, or None.
+        faults: by request, why it gets no features any more.
+        seconds: time spent in our code.
+    """
+
+    sums: dict[str, Sums] = field(default_factory=dict)
+    norms: Norms | None = None
+    faults: dict[str, str] = field(default_factory=dict)
+    seconds: float = 0.0
+
+    def merge(self, other: StepResults) -> StepResults:
+        """This rank's with the next rank's. What only one of them has, is a fault of the requests it is about."""
+        faults = {**other.faults, **self.faults}
+        sums: dict[str, Sums] = {}
+        for key in self.sums.keys() | other.sums.keys():
+            a, b = self.sums.get(key), other.sums.get(key)
+            if a is not None and b is not None and a.ids == b.ids:
+                sums[key] = a.join(b)
+            else:
+                faults = {**dict.fromkeys(_ids(a) + _ids(b), _APART), **faults}
+        norms = None
+        if self.norms is not None and other.norms is not None and self.norms.ids == other.norms.ids:
+            norms = self.norms.add(other.norms)
+        elif self.norms is not None or other.norms is not None:
+            faults = {**dict.fromkeys(_ids(self.norms) + _ids(other.norms), _APART), **faults}
+        return StepResults(sums, norms, faults, max(self.seconds, other.seconds))
+
+
+_APART = "The ranks of the tensor-parallel group read different things."
+
+
+def _ids(part: Sums | Norms | None) -> list[str]:
+    return [] if part is None else part.ids
+
+
+def _cat(a: Array | None, b: Array | None) -> Array | None:
+    return None if a is None or b is None else np.concatenate([a, b], axis=2)

@@ -1,0 +1,339 @@
+"""What runs beside the engine's scheduler: what each request asks, what a step has to read, and the results.
+
+A request's result is a dict that the engine keeps by reference from its end on and that is filled when the
+workers' numbers of the same step arrive. No engine is needed to test it.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+
+from kvroute.chains import ChainScores, _no_score, _scores, _too_short
+from kvroute.errors import InvalidInputError, KVRouteError
+from kvroute.features import FeaturePlan
+from kvroute.pooling import PoolingSpec, _reduce
+from kvroute.scores import Score
+from kvroute.serving.answers import Result, Tokens, public_text
+from kvroute.serving.asks import read_ask
+from kvroute.serving.config import ServingConfig
+from kvroute.serving.messages import Array, Norms, StepMeta, StepRequest, StepResults, Sums
+from kvroute.serving.worker import feature_key, window_of
+
+_log = logging.getLogger(__name__)
+_OFF = "kvroute turned its features off after repeated faults; the server's log has the first of them."
+
+
+@dataclass(slots=True)
+class _Request:
+    """What is known of a running request."""
+
+    prompt_len: int
+    plan: FeaturePlan | None
+    tokens: Sequence[int]
+    body: dict[str, Any] | None = None
+    error: str | None = None
+    sent: bool = False
+    pooled: bool = False
+    fed: int = 0
+    sums: dict[str, tuple[Array | None, Array | None, float]] = field(default_factory=dict)
+    steps: list[Array] = field(default_factory=list)
+    ends: tuple[float, Array, float] | None = None
+
+    @property
+    def window(self) -> int:
+        """Tokens behind an answer's newest that windowed sums need."""
+        specs = [s for of, s in self.plan.pooled.values() if of == "answer"] if self.plan else []
+        return max((window_of(s) or 0 for s in specs), default=0)
+
+
+class SchedulerSide:
+    """Keeps what requests ask and get. No method raises.
+
+    Args:
+        config: the server's.
+        block_sizes: tokens a block, by KV cache group.
+        sif: SIF weight of every token ``[vocab]`` for an ``a``; None where no table can be had.
+        off: why no feature can be read from this engine, or None.
+    """
+
+    def __init__(
+        self,
+        config: ServingConfig,
+        block_sizes: Sequence[int],
+        sif: Callable[[float], Array] | None = None,
+        off: str | None = None,
+    ) -> None:
+        self._config = config
+        self._block_sizes = list(block_sizes)
+        self._sif = sif
+        self.off = off
+        self.faults = 0
+        self._in_a_row = 0
+        self._running: dict[str, _Request] = {}
+        self._closing: dict[str, tuple[_Request, dict[str, Any], int]] = {}
+        self._gone: list[str] = []
+
+    @property
+    def num_states(self) -> int:
+        """Requests that something is kept for."""
+        return len(self._running) + len(self._closing)
+
+    def on_request(self, request: str, params: object, prompt: Sequence[int] | int, tokens: Sequence[int] = ()) -> None:
+        """A request came.
+
+        Args:
+            request: the engine's id.
+            params: its ``kv_transfer_params``, whatever was sent.
+            prompt: length of its prompt, or the prompt.
+            tokens: all its tokens, prompt first; a live list of the engine's.
+        """
+        length = prompt if isinstance(prompt, int) else len(prompt)
+        try:
+            ask = read_ask(params, self._config)
+            if ask is None:
+                return
+            state = _Request(length, ask.plan, tokens, body=ask.to_dict(), error=self.off)
+        except Exception as error:  # noqa: BLE001 - the engine must not see it
+            state = _Request(length, None, (), error=public_text(error))
+            if not isinstance(error, KVRouteError):
+                self._fault(error)
+        self._running[request] = state
+
+    def asked(self, request: str) -> bool:
+        """Whether anything is to be read of a request."""
+        state = self._running.get(request)
+        return state is not None and state.error is None
+
+    def step(self, scheduled: Sequence[tuple[str, int, int, Sequence[Sequence[int]]]]) -> StepMeta:
+        """What the workers are to read behind a step.
+
+        Args:
+            scheduled: by request that :meth:`asked`: id, tokens computed before, tokens of this step, block ids by
+                KV cache group.
+        """
+        for request in list(self._closing):  # the engine ended them without a word from the workers
+            self._fill(request)
+        meta = StepMeta(finished=self._gone)
+        self._gone = []
+        for request, start, count, blocks in scheduled:
+            state = self._running.get(request)
+            if state is None or state.error is not None:
+                continue
+            try:
+                entry = self._entry(request, state, start + count, blocks)
+            except Exception as error:  # noqa: BLE001 - the engine must not see it
+                state.error = public_text(error)
+                self._fault(error)
+                continue
+            if entry is not None:
+                meta.requests.append(entry)
+        return meta
+
+    def merge(self, results: StepResults | None) -> None:
+        """Take what the workers read (ranks merged) and fill the results of requests that ended in the step."""
+        try:
+            if results is not None:
+                self._take(results)
+        except Exception as error:  # noqa: BLE001 - the engine must not see it
+            self._fault(error)
+        for request in list(self._closing):
+            self._fill(request)
+
+    def finished(self, request: str, answer: int = 0) -> dict[str, Any] | None:
+        """A request ended (or was aborted): its result, filled as soon as the workers' numbers are there.
+
+        Args:
+            request: the engine's id.
+            answer: tokens it wrote.
+        """
+        state = self._running.pop(request, None)
+        if state is None:
+            return None
+        if state.sent:
+            self._gone.append(request)
+        box = Result(tokens=Tokens(state.prompt_len, answer), error=state.error).to_dict()
+        self._closing[request] = (state, box, answer)
+        return box
+
+    # ------------------------------------------------------------------ inside
+
+    def _entry(self, request: str, state: _Request, stop: int, blocks: Sequence[Sequence[int]]) -> StepRequest | None:
+        assert state.plan is not None
+        of = {o for o, _ in state.plan.pooled.values()}
+        prompt = "prompt" in of and not state.pooled and stop >= state.prompt_len
+        low = max(state.fed, state.prompt_len)
+        high = max(low, stop) if "answer" in of or state.plan.chain is not None else low
+        if not prompt and high == low:
+            return None
+        window = min(state.window, low - state.prompt_len)
+        first = 0 if prompt else low - window
+        skip = tuple(first // size for size in self._block_sizes)
+        entry = StepRequest(
+            id=request,
+            prompt_len=state.prompt_len,
+            low=low,
+            high=high,
+            prompt=prompt,
+            skip=skip,
+            blocks=tuple(list(b[s:]) for b, s in zip(blocks, skip, strict=True)),
+            ask=None if state.sent else state.body,
+            weights=self._weights(state, prompt, low - window, high),
+            window=window,
+        )
+        state.sent, state.pooled, state.fed = True, state.pooled or prompt, high
+        return entry
+
+    def _weights(self, state: _Request, prompt: bool, low: int, high: int) -> dict[float, Array]:
+        """SIF weights: of a prompt, or of answer tokens. Both are never due in one step but after a preemption."""
+        assert state.plan is not None
+        wanted = {s.sif_a for of, s in state.plan.pooled.values() if s.weights == "sif" and (of == "prompt") == prompt}
+        if not wanted:
+            return {}
+        if self._sif is None:
+            raise InvalidInputError("This server has no tokenizer, so no frequencies for weights='sif'.")
+        low, high = (0, state.prompt_len) if prompt else (low, high)
+        ids = np.asarray(state.tokens[low:high], dtype=np.int64)
+        if len(ids) < high - low or (ids < 0).any():
+            raise InvalidInputError("The engine schedules ahead of its tokens, so weights='sif' has no token to weigh.")
+        return {a: self._sif(a)[ids] for a in wanted}
+
+    def _take(self, results: StepResults) -> None:
+        for request, why in results.faults.items():
+            state = self._find(request)
+            if state is not None and state.error is None:
+                state.error = why
+                self._fault(None)
+        for key, sums in results.sums.items():
+            self._take_sums(key, sums)
+        if results.norms is not None:
+            self._take_norms(results.norms)
+        if not results.faults and (results.sums or results.norms is not None):
+            self._in_a_row = 0
+
+    def _take_sums(self, key: str, sums: Sums) -> None:
+        for i, request in enumerate(sums.ids):
+            state = self._find(request)
+            if state is not None:
+                state.sums[key] = (
+                    None if sums.keys is None else sums.keys[i],
+                    None if sums.values is None else sums.values[i],
+                    float(sums.weight[i]),
+                )
+
+    def _take_norms(self, norms: Norms) -> None:
+        stops = np.cumsum(norms.counts).tolist()
+        low = 0
+        for i, (request, high) in enumerate(zip(norms.ids, stops, strict=True)):
+            state = self._find(request)
+            if state is not None:
+                state.steps.append(norms.steps[low:high])
+                state.ends = (float(norms.span[i]), norms.layers[i], float(norms.layer_span[i]))
+            low = high
+
+    def _find(self, request: str) -> _Request | None:
+        state = self._running.get(request)
+        if state is None and request in self._closing:
+            state = self._closing[request][0]
+        return state
+
+    def _fill(self, request: str) -> None:
+        state, box, answer = self._closing.pop(request)
+        tokens = Tokens(state.prompt_len, answer)
+        try:
+            result = Result(tokens=tokens, error=state.error)
+            if state.error is None:
+                self._finish(state, result, answer)
+            box.update(result.to_dict())
+        except Exception as error:  # noqa: BLE001 - the engine must not see it
+            box.update(Result.failed(error, tokens).to_dict())
+            self._fault(error)
+
+    def _finish(self, state: _Request, result: Result, answer: int) -> None:
+        assert state.plan is not None
+        for name, (of, spec) in state.plan.pooled.items():
+            found = state.sums.get(feature_key(of, spec))
+            if found is None:
+                what = (
+                    "prompt was not read to its end" if of == "prompt" else "answer has no token with keys and values"
+                )
+                result.faults.append(f"{name}: The {what}.")
+                continue
+            vector = pooled_vector(spec, *found)
+            if np.isfinite(vector).all():
+                result.features[name] = vector
+            else:
+                result.faults.append(f"{name}: The cache holds values that are not finite.")
+                self._fault(None)
+        if state.plan.chain is not None:
+            result.scores |= chain_results(state.steps, state.ends)
+        if state.plan.length:
+            result.scores["length"] = Score(float(answer))
+
+    def _fault(self, error: Exception | None) -> None:
+        self.faults += 1
+        self._in_a_row += 1
+        if error is not None and self.faults <= 5:
+            _log.warning("kvroute failed.", exc_info=error)
+        if self._in_a_row >= self._config.faults_before_off and self.off is None:
+            self.off = _OFF
+            _log.error("%s", _OFF)
+
+
+def pooled_vector(spec: PoolingSpec, keys: Array | None, values: Array | None, weight: float) -> Array:
+    """A feature ``[dim]`` float32 from its sums ``[n_layers, H, D]``."""
+    total = torch.tensor([weight], dtype=torch.float32)
+    halves = [_reduce(torch.from_numpy(np.array(x))[None], total, spec) for x in (keys, values) if x is not None]
+    vector = torch.cat(halves, dim=1)
+    if spec.normalize:
+        vector = torch.nn.functional.normalize(vector, dim=1)
+    found: Array = vector[0].numpy()
+    return found
+
+
+def chain_results(steps: list[Array], ends: tuple[float, Array, float] | None) -> dict[str, Score]:
+    """The scores of the family ``kv-coe`` from squared lengths (see :class:`~kvroute.serving.messages.Norms`)."""
+    if ends is None:
+        token, layer = _no_score(_too_short(0)), _no_score("the chain has no token yet")
+    else:
+        token, layer = scores_of_lengths(np.concatenate(steps), ends[0]), scores_of_lengths(ends[1], ends[2])
+    return {
+        "kv_coe_r_token": token.r,
+        "kv_coe_c_token": token.c,
+        "kv_coe_r_layer": layer.r,
+        "kv_coe_c_layer": layer.c,
+    }
+
+
+def scores_of_lengths(steps: Array, span: float) -> ChainScores:
+    """Both scores of a chain z_0..z_N.
+
+    Args:
+        steps: ``[N + 1, 2]``, |z_i - z_{i-1}|^2 (the first is not looked at) and |z_i|^2.
+        span: |z_N - z_0|^2.
+    """
+    if len(steps) < 3:
+        return _no_score(_too_short(len(steps)))
+    if not np.isfinite(steps).all() or not math.isfinite(span):
+        return _no_score("the chain holds values that are not finite")
+    square = torch.from_numpy(np.ascontiguousarray(steps))
+    norm = square[:, 1].sqrt()
+    angles = _angles(square[1:, 0], norm[1:], norm[:-1])
+    turn = _angles(torch.tensor(span, dtype=torch.float64), norm[-1], norm[0])
+    # the same two ends in a plane
+    first = torch.stack([norm[0], torch.zeros_like(turn)])
+    last = torch.stack([norm[-1] * turn.cos(), norm[-1] * turn.sin()])
+    return _scores(square[1:, 0].sqrt(), angles, first, last, bool((norm == 0).any()))
+
+
+def _angles(square: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """Angles of vectors with norms a and b, a root of ``square`` apart: as exact near 0 as that distance is."""
+    low = (square - (a - b) ** 2).clamp_min(0)
+    high = ((a + b) ** 2 - square).clamp_min(0)
+    return 2 * torch.atan2(low.sqrt(), high.sqrt())

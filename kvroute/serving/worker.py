@@ -1,0 +1,408 @@
+"""What runs in the engine's worker: after each forward pass, one call reads what all requests just got.
+
+An answer's sums and chains are fed with its new tokens; a prompt is pooled once, when it is whole. State is flat in
+an answer's length. Pure torch: tested without an engine.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from kvroute.errors import WindowedLayerError
+from kvroute.pooling import PoolingSpec, token_range
+from kvroute.serving.answers import public_text
+from kvroute.serving.asks import Ask
+from kvroute.serving.messages import Array, Norms, StepMeta, StepRequest, StepResults, Sums
+from kvroute.serving.pages import LayerPages, stack_pages, view_of
+from kvroute_kernels import KVView, paged_pool
+
+_log = logging.getLogger(__name__)
+_LOGGED = 5
+"""Faults that are logged in full; all are counted."""
+
+
+def feature_key(of: str, spec: PoolingSpec) -> str:
+    """Features with one key are read as one: what differs between them is done after the sums."""
+    return f"{of}|{spec.layers}|{spec.part}|{spec.tokens in ('last', 'first') and spec.tokens}|" + (
+        f"{spec.window}|{spec.weights}|{spec.sif_a if spec.weights == 'sif' else ''}|{spec.layer_reduce == 'last'}"
+    )
+
+
+def read_layers(spec: PoolingSpec, num_layers: int) -> tuple[int, ...]:
+    """The layers that a spec reads, in its order."""
+    layers = spec.resolve(num_layers)
+    return (max(layers),) if spec.layer_reduce == "last" else layers
+
+
+def window_of(spec: PoolingSpec) -> int | None:
+    """Tokens of an answer that count, or None for all."""
+    return 1 if spec.tokens == "last" else spec.window
+
+
+@dataclass(slots=True)
+class _Asked:
+    """What one request asks, resolved: specs by key, and whether chains."""
+
+    slot: int
+    prompt: dict[str, PoolingSpec]
+    answer: dict[str, PoolingSpec]
+    chain: bool
+
+
+class _Rows:
+    """Named state tensors with one row a request; rows are reused and set to zero when given out."""
+
+    def __init__(self) -> None:
+        self.tensors: dict[str, Tensor] = {}
+        self._free: list[int] = []
+        self._size = 0
+
+    def take(self) -> int:
+        if not self._free:
+            more = max(16, self._size)
+            self._free = list(range(self._size, self._size + more))[::-1]
+            self._size += more
+        row = self._free.pop()
+        for tensor in self.tensors.values():
+            if row < tensor.shape[0]:
+                tensor[row] = 0
+        return row
+
+    def give(self, row: int) -> None:
+        self._free.append(row)
+
+    def get(self, name: str, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+        have = self.tensors.get(name)
+        if have is None or have.shape[0] < self._size:
+            grown = torch.zeros(self._size, *shape, dtype=dtype, device=device)
+            if have is not None:
+                grown[: have.shape[0]] = have
+            self.tensors[name] = have = grown
+        return have
+
+
+class _Gathered:
+    """Keys and values of T tokens of several requests, one gather a stack of layers."""
+
+    def __init__(self, view: KVView, sequence: Tensor, position: Tensor) -> None:
+        self.layers: dict[int, tuple[int, int]] = {}
+        self.parts: list[tuple[Tensor, Tensor]] = []
+        for number, group in enumerate(view.groups):
+            table, size = group.table, group.page_size
+            slot = position + table.offset[sequence]
+            page = table.pages[sequence, slot // size]
+            if bool(((page < 0) | (position < table.first[sequence])).any()):
+                raise WindowedLayerError(
+                    f"Layer {group.layers[0]} holds only a window of the tokens, and earlier ones are needed."
+                )
+            row = slot % size
+            # [T, G, H, D]: the two index tensors lead
+            self.parts.append((group.keys[:, page, :, row], group.values[:, page, :, row]))
+            self.layers |= {layer: (number, place) for place, layer in enumerate(group.layers)}
+
+    def pick(self, layers: Sequence[int], part: int) -> Tensor:
+        """``[T, n, H, D]`` float32 of some layers, in their order; part 0 are keys, 1 values."""
+        places = [self.layers[i] for i in layers]
+        groups = {g for g, _ in places}
+        if len(groups) == 1:
+            whole = self.parts[groups.pop()][part]
+            wanted = [p for _, p in places]
+            if wanted == list(range(wanted[0], wanted[0] + len(wanted))):
+                return whole[:, wanted[0] : wanted[0] + len(wanted)].float()
+            return whole[:, wanted].float()
+        return torch.stack([self.parts[g][part][:, p].float() for g, p in places], dim=1)
+
+
+class WorkerSide:
+    """Reads pages after each step.
+
+    Args:
+        pages: every attention layer's, of this rank.
+        num_layers: attention layers of the model.
+    """
+
+    def __init__(self, pages: Sequence[LayerPages], num_layers: int | None = None) -> None:
+        self._stacks = stack_pages(pages)
+        self._num_layers = len(pages) if num_layers is None else num_layers
+        self._asked: dict[str, _Asked] = {}
+        self._rows = _Rows()
+        self._results: StepResults | None = None
+        self._done: StepMeta | None = None
+        self._logged = 0
+        self._touched = False  # state was changed, so what was read can't be read a second time
+
+    @property
+    def num_states(self) -> int:
+        """Requests that state is held for."""
+        return len(self._asked)
+
+    def step(self, meta: StepMeta) -> None:
+        """Read what the step wrote; the second call for the same step does nothing. Raises nothing."""
+        if meta is self._done:
+            return
+        self._done = meta
+        began = time.perf_counter()
+        for request in meta.finished:
+            self.drop(request)
+        if not meta.requests:
+            return
+        results = StepResults()
+        self._guarded(meta.requests, results)
+        results.seconds = time.perf_counter() - began
+        self._results = results
+
+    def results(self) -> StepResults | None:
+        """What the last step read, once; None if there is nothing."""
+        results, self._results = self._results, None
+        return results
+
+    def drop(self, request: str) -> None:
+        """Forget a request."""
+        asked = self._asked.pop(request, None)
+        if asked is not None:
+            self._rows.give(asked.slot)
+
+    # ------------------------------------------------------------------ reading
+
+    def _guarded(self, requests: Sequence[StepRequest], results: StepResults) -> None:
+        """Read; where that fails, each request by itself, so that a fault costs its own request alone."""
+        self._touched = False
+        try:
+            with torch.no_grad():
+                commit = self._read(requests)
+        except Exception as error:  # noqa: BLE001 - the engine must not see it
+            if len(requests) > 1 and not self._touched:
+                for request in requests:
+                    self._guarded([request], results)
+                return
+            if self._logged < _LOGGED:
+                self._logged += 1
+                _log.warning("kvroute could not read %s.", [r.id for r in requests], exc_info=error)
+            for request in requests:
+                results.faults[request.id] = public_text(error)
+                self.drop(request.id)
+            return
+        join_results(results, commit)
+
+    def _read(self, requests: Sequence[StepRequest]) -> StepResults:
+        for request in requests:
+            if request.ask is not None and request.id not in self._asked:
+                self._asked[request.id] = self._resolve(request.ask)
+        known = [r for r in requests if r.id in self._asked]
+        results = StepResults()
+        prompts = [r for r in known if r.prompt and self._asked[r.id].prompt]
+        if prompts:
+            self._pool_prompts(prompts, results)
+        answers = [r for r in known if r.high > r.low and (self._asked[r.id].answer or self._asked[r.id].chain)]
+        if answers:
+            self._feed(answers, results)
+        return results
+
+    def _resolve(self, body: dict[str, object]) -> _Asked:
+        plan = Ask.from_dict(body).plan
+        prompt = {feature_key(of, spec): spec for of, spec in plan.pooled.values() if of == "prompt"}
+        answer = {feature_key(of, spec): spec for of, spec in plan.pooled.values() if of == "answer"}
+        return _Asked(self._rows.take(), prompt, answer, plan.chain is not None)
+
+    def _view(self, requests: Sequence[StepRequest], lengths: list[int], starts: list[int]) -> KVView:
+        tables = [[[0] * s + b for s, b in zip(r.skip, r.blocks, strict=True)] for r in requests]
+        return view_of(self._stacks, tables, lengths, starts)
+
+    def _pool_prompts(self, requests: Sequence[StepRequest], results: StepResults) -> None:
+        view = self._view(requests, [r.prompt_len for r in requests], [0] * len(requests))
+        by_key: dict[str, list[int]] = {}
+        for i, r in enumerate(requests):
+            for key in self._asked[r.id].prompt:
+                by_key.setdefault(key, []).append(i)
+        for key, rows in by_key.items():
+            spec = self._asked[requests[rows[0]].id].prompt[key]
+            ranges = [token_range(spec, 0, requests[i].prompt_len) for i in rows]
+            weights = None
+            if spec.weights == "position":
+                weights = [torch.arange(lo + 1, hi + 1, dtype=torch.float32) for lo, hi in ranges]
+            elif spec.weights == "sif":
+                weights = [
+                    torch.from_numpy(requests[i].weights[spec.sif_a][lo:hi])
+                    for i, (lo, hi) in zip(rows, ranges, strict=True)
+                ]
+            sums = paged_pool(
+                view.select_sequences(rows),
+                layers=read_layers(spec, self._num_layers),
+                start=[lo for lo, _ in ranges],
+                stop=[hi for _, hi in ranges],
+                part=spec.part,
+                weights=weights,
+            )
+            results.sums[key] = Sums(
+                [requests[i].id for i in rows],
+                _numpy(sums.keys),
+                _numpy(sums.values),
+                sums.weight.double().cpu().numpy(),
+            )
+
+    def _feed(self, requests: Sequence[StepRequest], results: StepResults) -> None:
+        starts = [r.low - r.window for r in requests]
+        view = self._view(requests, [r.high for r in requests], starts)
+        device = view.lengths.device
+        low = torch.tensor([r.low for r in requests])
+        begin = torch.tensor(starts)
+        size = torch.tensor([r.high for r in requests]) - begin
+        sequence = torch.repeat_interleave(torch.arange(len(requests)), size)
+        position = torch.arange(len(sequence)) - (size.cumsum(0) - size)[sequence] + begin[sequence]
+        slots = torch.tensor([self._asked[r.id].slot for r in requests])
+        got = _Gathered(view, sequence.to(device), position.to(device))
+        by_key: dict[str, list[int]] = {}
+        for i, r in enumerate(requests):
+            for key in self._asked[r.id].answer:
+                by_key.setdefault(key, []).append(i)
+        chains = [i for i, r in enumerate(requests) if self._asked[r.id].chain]
+        commits = []
+        for key, rows in by_key.items():
+            spec = self._asked[requests[rows[0]].id].answer[key]
+            signs = self._weights(spec, requests, sequence, position, low)
+            commits.append((key, rows, spec, signs))
+        norms = None
+        self._touched = True
+        if chains:
+            norms = self._feed_chains(got, requests, chains, sequence, position, low, slots)
+        for key, rows, spec, signs in commits:
+            results.sums[key] = self._add_sums(got, key, rows, spec, signs, sequence, slots, requests)
+        results.norms = norms
+
+    def _weights(
+        self, spec: PoolingSpec, requests: Sequence[StepRequest], sequence: Tensor, position: Tensor, low: Tensor
+    ) -> Tensor:
+        """``[T]`` float64, how much each gathered token is added: negative where it leaves the window."""
+        prompt_len = torch.tensor([r.prompt_len for r in requests])[sequence]
+        high = torch.tensor([r.high for r in requests])[sequence]
+        window = window_of(spec)
+        new = position >= low[sequence]
+        if spec.tokens == "first":
+            sign = (new & (position == prompt_len)).double()
+        elif window is None:
+            sign = new.double()
+        else:
+            inside = position >= high - window
+            was = (~new) & (position >= torch.maximum(low[sequence] - window, prompt_len))
+            sign = (new & inside).double() - (was & ~inside).double()
+        if spec.weights == "position":
+            return sign * (position + 1)
+        if spec.weights == "sif":
+            return sign * torch.from_numpy(np.concatenate([_sif(r, spec.sif_a) for r in requests])).double()
+        return sign
+
+    def _add_sums(
+        self,
+        got: _Gathered,
+        key: str,
+        rows: list[int],
+        spec: PoolingSpec,
+        signs: Tensor,
+        sequence: Tensor,
+        slots: Tensor,
+        requests: Sequence[StepRequest],
+    ) -> Sums:
+        chosen = torch.isin(sequence, torch.tensor(rows)) & (signs != 0)
+        index = slots[sequence[chosen]]
+        mine = slots[rows]
+        out: list[Array | None] = []
+        for part, letter in enumerate("kv"):
+            if letter not in spec.part:
+                out.append(None)
+                continue
+            x = got.pick(read_layers(spec, self._num_layers), part)
+            device = x.device
+            state = self._rows.get(f"{key}|{letter}", x.shape[1:], torch.float64, device)
+            w = signs[chosen].to(device)
+            state.index_add_(0, index.to(device), x[chosen.to(device)].double() * w[:, None, None, None])
+            out.append(_numpy(state[mine.to(device)]))
+        total = self._rows.get(f"{key}|w", (), torch.float64, torch.device("cpu"))
+        total.index_add_(0, index, signs[chosen])
+        return Sums([requests[i].id for i in rows], out[0], out[1], total[mine].numpy())
+
+    def _feed_chains(
+        self,
+        got: _Gathered,
+        requests: Sequence[StepRequest],
+        rows: list[int],
+        sequence: Tensor,
+        position: Tensor,
+        low: Tensor,
+        slots: Tensor,
+    ) -> Norms:
+        chosen = torch.isin(sequence, torch.tensor(rows)) & (position >= low[sequence])
+        layers = tuple(range(self._num_layers))
+        x = torch.cat([got.pick(layers, part)[chosen].flatten(2) for part in (0, 1)], dim=2)  # [T, L, F]
+        device = x.device
+        counts = torch.tensor([requests[i].high - requests[i].low for i in rows])
+        mine = slots[rows].to(device)
+        per_token = torch.repeat_interleave(mine, counts.to(device))
+        last_at = (counts.cumsum(0) - 1).to(device)
+        first_at = last_at - counts.to(device) + 1
+        z = x.mean(dim=1)
+        first = self._rows.get("chain|first", z.shape[1:], torch.float32, device)
+        last = self._rows.get("chain|last", z.shape[1:], torch.float32, device)
+        sums = self._rows.get("chain|layers", x.shape[1:], torch.float64, device)
+        fresh = torch.tensor([requests[i].low == requests[i].prompt_len for i in rows], device=device)
+        before = torch.cat([z[:1], z[:-1]])
+        before[first_at] = torch.where(fresh[:, None], z[first_at], last[mine])
+        steps = torch.stack([_square(z - before), _square(z)], dim=1)
+        first[mine] = torch.where(fresh[:, None], z[first_at], first[mine])
+        last[mine] = z[last_at]
+        sums.index_add_(0, per_token, x.double())
+        by_layer = sums[mine]
+        moves = _square(by_layer[:, 1:] - by_layer[:, :-1])
+        moves = torch.cat([torch.zeros_like(moves[:, :1]), moves], dim=1)
+        return Norms(
+            [requests[i].id for i in rows],
+            counts.numpy(),
+            steps.cpu().numpy(),
+            _square(last[mine] - first[mine]).cpu().numpy(),
+            torch.stack([moves, _square(by_layer)], dim=2).cpu().numpy(),
+            _square(by_layer[:, -1] - by_layer[:, 0]).cpu().numpy(),
+        )
+
+
+def join_results(into: StepResults, part: StepResults) -> None:
+    """Add the results of other requests of the same step."""
+    for key, sums in part.sums.items():
+        have = into.sums.get(key)
+        into.sums[key] = sums if have is None else _rows_joined(have, sums)
+    if part.norms is not None:
+        into.norms = part.norms if into.norms is None else _norms_joined(into.norms, part.norms)
+    into.faults |= part.faults
+
+
+def _rows_joined(a: Sums, b: Sums) -> Sums:
+    keys, values = (
+        None if x is None or y is None else np.concatenate([x, y]) for x, y in ((a.keys, b.keys), (a.values, b.values))
+    )
+    return Sums(a.ids + b.ids, keys, values, np.concatenate([a.weight, b.weight]))
+
+
+def _norms_joined(a: Norms, b: Norms) -> Norms:
+    parts = [
+        np.concatenate([getattr(a, n), getattr(b, n)]) for n in ("counts", "steps", "span", "layers", "layer_span")
+    ]
+    return Norms(a.ids + b.ids, *parts)
+
+
+def _sif(request: StepRequest, a: float) -> Array:
+    """Weights of the tokens ``low - window..high``; of a request that does not ask for them, zeros."""
+    found = request.weights.get(a)
+    return np.zeros(request.high - request.low + request.window, np.float32) if found is None else found
+
+
+def _square(x: Tensor) -> Tensor:
+    return x.double().square().sum(dim=-1)
+
+
+def _numpy(x: Tensor | None) -> Array | None:
+    return None if x is None else x.float().cpu().numpy()

@@ -1,0 +1,153 @@
+"""Whatever the schedule, a request gets what its cache gives in one piece."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from kvroute.chains import ChainState
+from kvroute.pooling import PoolingSpec, pool
+from kvroute.serving.scheduler import scores_of_lengths
+from tests.unit.serving_steps import BLOCK, SIF, Engine
+
+SPECS = {
+    "p1": {"of": "prompt", "layers": "all", "weights": "sif", "heads": "concat", "layer_reduce": "concat"},
+    "p2": {"of": "prompt", "layers": "last:2", "window": 3, "normalize": True},
+    "p3": {"of": "prompt", "tokens": "last", "layer_reduce": "last"},
+    "a1": {"of": "answer", "layers": [3, 1], "weights": "sif", "sif_a": 1e-4, "part": "v", "layer_reduce": "concat"},
+    "a2": {"of": "answer", "layers": "last:2", "window": 3, "tokens": "sum", "heads": "concat"},
+    "a3": {"of": "answer", "tokens": "last"},
+    "a4": {"of": "answer", "tokens": "first"},
+    "a5": {"of": "answer", "weights": "position", "window": 4, "normalize": True},
+    "chain": "kv-coe",
+}
+
+
+def check(engine: Engine, name: str) -> None:
+    _, ids, prompt = engine.data[name]
+    view, box = engine.view(name), engine.boxes[name]
+    assert box["error"] is None
+    length = view.host_lengths[0]
+    for key, body in SPECS.items():
+        if body == "kv-coe":
+            continue
+        spec = PoolingSpec(**{k: v for k, v in body.items() if k != "of"})
+        start, stop = (0, prompt) if body["of"] == "prompt" else (prompt, length)
+        if start == stop:
+            assert key not in box["features"]
+            continue
+        sif = [torch.from_numpy(SIF / (1 + spec.sif_a))[ids[:length]]]
+        expected = pool(view, spec, start=[start], stop=[stop], sif_weights=sif)[0].numpy()
+        np.testing.assert_allclose(box["features"][key], expected, rtol=1e-5, atol=2e-6, err_msg=key)
+    chain = ChainState(1)
+    chain.update_view(view, [0], [prompt], [length])
+    for key, score in chain.scores().items():
+        assert box["scores"][key]["reason"] == score.reason
+        # a difference of two means near 1, so its rounding is that of 1
+        expected = None if score.value is None else pytest.approx(score.value, rel=1e-5, abs=1e-6)
+        assert box["scores"][key]["value"] == expected
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_any_schedule_gives_what_one_piece_gives(ranks):
+    engine = Engine(ranks, max_features=16)
+    engine.add("a", 10, 15, SPECS, seed=1)
+    engine.add("b", 3, 12, SPECS, seed=2)
+    engine.step(("a", 0, 4), ("b", 0, 3))  # a in chunks
+    engine.step(("a", 4, 4), ("b", 3, 1))
+    engine.step(("a", 8, 2), ("b", 4, 1))
+    engine.add("c", 10, 12, SPECS, like="a")
+    engine.share("c", "a", 10 // BLOCK)
+    engine.step(("c", 8, 2), ("a", 10, 1), ("b", 5, 1))
+    engine.step()  # empty
+    engine.preempt("b")
+    engine.step(("c", 10, 1), ("a", 11, 1))
+    engine.step(("c", 11, 1), ("a", 12, 1), ("b", 0, 4), end=("c",))  # resumed, in chunks
+    engine.step(("b", 4, 5), ("a", 13, 1))
+    engine.step(("b", 9, 2), ("a", 14, 1), end=("a",))
+    engine.step(("b", 11, 1), end=("b",))
+    for name in "abc":
+        check(engine, name)
+    engine.step()
+    assert engine.states == 0
+
+
+def test_an_answer_of_one_token_has_the_prompts_features_and_reasons_for_the_rest():
+    engine = Engine(max_features=16)
+    engine.add("a", 6, 6, SPECS)
+    engine.step(("a", 0, 6), end=("a",))
+    check(engine, "a")
+    assert any(fault.startswith("a1: The answer has no token") for fault in engine.boxes["a"]["faults"])
+
+
+def test_an_abort_leaves_nothing_and_slots_are_clean_for_the_next():
+    engine = Engine(max_features=16)
+    for round_ in range(40):
+        name = f"r{round_}"
+        engine.add(name, 5, 9, SPECS, seed=round_)
+        engine.step((name, 0, 5))
+        engine.step((name, 5, 2))
+        if round_ % 2:
+            engine.side.finished(name)  # aborted
+        else:
+            engine.step((name, 7, 2), end=(name,))
+            check(engine, name)
+        engine.preempt(name)
+    engine.step()
+    assert engine.states == 0
+    assert all(t.shape[0] <= 16 for t in engine.workers[0]._rows.tensors.values())
+
+
+def test_nan_in_pages_costs_its_own_request_alone():
+    engine = Engine(max_features=16)
+    engine.add("a", 5, 8, SPECS, seed=1)
+    engine.add("b", 5, 8, SPECS, seed=2)
+    engine.data["a"][0][2, 0, 6, 1] = torch.nan
+    engine.step(("a", 0, 5), ("b", 0, 5))
+    engine.step(("a", 5, 3), ("b", 5, 3), end=("a", "b"))
+    check(engine, "b")
+    box = engine.boxes["a"]
+    # a1 reads layers 3 and 1; a3 the newest token and a4 the first: the fault lies in layer 2, token 6
+    assert {"p1", "p2", "p3", "a1", "a4"} <= set(box["features"])
+    assert "a5" not in box["features"]
+    assert "not finite" in box["scores"]["kv_coe_r_token"]["reason"]
+    assert any("not finite" in fault for fault in box["faults"])
+    assert engine.side.faults > 0
+
+
+def test_an_exception_costs_features_and_a_breaker_turns_them_off(monkeypatch):
+    engine = Engine(faults_before_off=3)
+
+    def broken(*_):
+        raise RuntimeError("boom /secret/path")
+
+    monkeypatch.setattr(engine.workers[0], "_pool_prompts", broken)
+    for i in range(4):
+        engine.add(f"r{i}", 4, 5, ["prompt:paper-mteb"])
+        engine.step((f"r{i}", 0, 4), end=(f"r{i}",))
+    assert engine.boxes["r0"]["error"] == "RuntimeError inside kvroute."
+    assert engine.side.faults == 3
+    assert "turned" in engine.boxes["r3"]["error"]
+    engine.step()
+    assert engine.states == 0
+
+
+def test_a_wrong_ask_is_answered_and_no_ask_costs_nothing():
+    engine = Engine()
+    engine.add("bad", 4, 5, ["nonsense"])
+    assert not engine.side.asked("bad")
+    engine.step(("bad", 0, 4), end=("bad",))
+    assert "nonsense" in engine.boxes["bad"]["error"]
+    engine.side.on_request("none", None, 4)
+    assert engine.side.finished("none") is None
+    assert engine.states == 0
+
+
+def test_the_plane_picture_of_a_chain_keeps_small_angles():
+    z = torch.tensor([[1.0, 0.0], [1.0, 1e-5], [1.0, 3e-5]], dtype=torch.float64)
+    steps = torch.stack([torch.zeros(3), torch.zeros(3)], 1).double()
+    steps[1:, 0] = (z[1:] - z[:-1]).square().sum(1)
+    steps[:, 1] = z.square().sum(1)
+    got = scores_of_lengths(steps.numpy(), float((z[2] - z[0]).square().sum()))
+    assert got.r.value == pytest.approx(0.5 - 0.5, abs=1e-6)  # steps of 1/3 and 2/3 in both measures
