@@ -1,0 +1,52 @@
+"""Serve a model in this process with kvroute's connector, run jobs, and save what the requests got.
+
+python -m tests.vllm.run_connector MODEL OUT.json '{"engine": {...}, "jobs": [{"prompts": [...], "params": {...}}]}'
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from typing import Any
+
+
+def main(model: str, out: str, job: dict[str, Any]) -> None:
+    from vllm.config import KVTransferConfig
+
+    from kvroute.serving.plugin import register
+    from vllm import LLM, SamplingParams
+
+    register()
+    register()  # vLLM loads plugins in every process, some of them twice
+    engine = LLM(
+        model=model,
+        kv_transfer_config=KVTransferConfig(kv_connector="KVRouteConnector", kv_role="kv_producer"),
+        **({"enforce_eager": True, "max_model_len": 512, "dtype": "float32", "max_num_seqs": 4} | job["engine"]),
+    )
+    saved = []
+    for part in job["jobs"]:
+        params = SamplingParams(
+            **{"temperature": 0.0, "ignore_eos": True} | part["params"],
+            extra_args={"kv_transfer_params": {"kvroute": {"features": part["features"]}}},
+        )
+        outputs = engine.generate([{"prompt_token_ids": p} for p in part["prompts"]], params, use_tqdm=False)
+        saved.append(
+            [
+                {
+                    "prompt": list(o.prompt_token_ids),
+                    "answers": [list(a.token_ids) for a in o.outputs],
+                    "cached": o.num_cached_tokens,
+                    "finish": [a.finish_reason for a in o.outputs],
+                    "result": (o.kv_transfer_params or {}).get("kvroute"),
+                }
+                for o in outputs
+            ]
+        )
+    with open(out, "w") as file:
+        json.dump(saved, file)
+
+
+if __name__ == "__main__":
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    main(sys.argv[1], sys.argv[2], json.loads(sys.argv[3]))
