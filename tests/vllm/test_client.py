@@ -1,0 +1,175 @@
+"""The client with a real vLLM server on CPU: the same answers and features as the embedded engine's."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("vllm.platforms")  # this folder alone makes an importable, empty "vllm"
+
+import numpy as np
+
+from kvroute import CancelToken, TokenIds, TransformersEngine
+from kvroute.errors import ConnectorMissingError, InvalidInputError, ModelMismatchError, ServerUnreachableError
+from kvroute.models import bundled_path
+from kvroute.serving.client import VLLMClient
+
+pytestmark = pytest.mark.vllm
+ROOT = Path(__file__).parents[2]
+TEXTS = ["The capital of France is", "One, two, three, four,", "Water boils at"]
+CHAT = [{"role": "user", "content": "Name a colour."}]
+CONNECTOR = {
+    "kv_connector": "KVRouteConnector",
+    "kv_connector_module_path": "kvroute.serving.connector",
+    "kv_role": "kv_producer",
+}
+
+
+@dataclass
+class Server:
+    """A server's process and address."""
+
+    url: str
+    process: subprocess.Popen[bytes]
+
+
+def start(log: Path, *, connector: bool) -> Server:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(bundled_path("smollm2"))]
+    command += ["--served-model-name", "smol", "--host", "127.0.0.1", "--port", str(port), "--enforce-eager"]
+    command += ["--max-model-len", "512", "--dtype", "float32", "--max-num-seqs", "8"]
+    command += ["--kv-transfer-config", json.dumps(CONNECTOR)] if connector else []
+    environment = {
+        **os.environ,
+        "VLLM_CPU_KVCACHE_SPACE": "1",
+        "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}",
+        "VLLM_NO_USAGE_STATS": "1",
+    }
+    with log.open("wb") as out:
+        process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=out, stderr=subprocess.STDOUT)
+    url = f"http://127.0.0.1:{port}"
+    end = time.monotonic() + 240
+    while time.monotonic() < end and process.poll() is None:
+        try:
+            urllib.request.urlopen(f"{url}/health", timeout=2).close()
+        except OSError:
+            time.sleep(0.5)
+        else:
+            return Server(url, process)
+    process.kill()
+    process.wait()
+    raise AssertionError(log.read_text()[-6000:])
+
+
+def stop(server: Server) -> None:
+    server.process.terminate()
+    try:
+        server.process.wait(30)
+    except subprocess.TimeoutExpired:
+        server.process.kill()
+        server.process.wait()
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    it = start(tmp_path_factory.mktemp("server") / "log", connector=True)
+    yield it
+    stop(it)
+
+
+@pytest.fixture(scope="module")
+def engine() -> TransformersEngine:
+    return TransformersEngine.from_pretrained(bundled_path("smollm2"), dtype="float32", device="cpu")
+
+
+@pytest.fixture(scope="module")
+def client(server: Server, engine: TransformersEngine) -> Iterator[VLLMClient]:
+    with VLLMClient(server.url, info=engine.info) as it:
+        yield it
+
+
+def test_answers_are_the_engines(client: VLLMClient, engine: TransformersEngine) -> None:
+    prompts = [*TEXTS, CHAT, TokenIds((504, 3575, 282))]
+    asked = ["prompt:paper-mteb", "answer:paper-mteb", "kv-coe", "length"]
+    found = client.generate(prompts, features=asked, max_tokens=12)
+    for mine, theirs in zip(engine.generate(prompts, features=asked, max_tokens=12), found, strict=True):
+        assert theirs.prompt_token_ids == mine.prompt_token_ids
+        assert theirs.token_ids == mine.token_ids
+        assert theirs.text == mine.text
+        assert theirs.finish_reason == mine.finish_reason
+        assert theirs.usage.generated == mine.usage.generated
+        assert not theirs.feature_errors
+        assert set(theirs.features) == set(mine.features)
+        for name, vector in mine.features.items():
+            np.testing.assert_allclose(theirs.features[name], vector, rtol=0, atol=5e-5 * np.abs(vector).max())
+        for name, score in mine.scores.items():
+            assert theirs.scores[name].value == pytest.approx(score.value, rel=1e-3, abs=1e-4), name
+
+
+def test_pool(client: VLLMClient, engine: TransformersEngine) -> None:
+    from kvroute.pooling import PRESETS
+
+    spec = PRESETS["paper-mteb"]
+    ids = engine.tokenize_texts(TEXTS)
+    assert client.tokenize_texts(TEXTS) == ids
+    (expected,), (found,) = engine.pool(ids, [spec]), client.pool(ids, [spec])
+    np.testing.assert_allclose(found, expected, rtol=0, atol=5e-5 * np.abs(expected).max())
+
+
+async def test_streams(client: VLLMClient) -> None:
+    whole = client.generate(TEXTS[0], max_tokens=10)
+    pieces = list(client.stream(TEXTS[0], max_tokens=10))
+    assert "".join(p.text for p in pieces) == whole.text
+    assert [p.token_id for p in pieces if p.token_id is not None] == whole.token_ids
+    assert pieces[-1].generation is not None
+    assert pieces[-1].generation.usage.generated == whole.usage.generated
+    assert "".join([p.text async for p in client.astream(TEXTS[0], max_tokens=10)]) == whole.text
+    assert (await client.agenerate(TEXTS[0], max_tokens=10)).text == whole.text  # type: ignore[union-attr]
+
+
+def test_stop_and_cancel(client: VLLMClient, engine: TransformersEngine) -> None:
+    mine = engine.generate(TEXTS[1], max_tokens=30, stop="eight")
+    theirs = client.generate(TEXTS[1], max_tokens=30, stop="eight")
+    assert (theirs.text, theirs.finish_reason) == (mine.text, "stop")
+    cancel = CancelToken()
+    pieces = []
+    for piece in client.stream(TEXTS[0], max_tokens=400, cancel=cancel):
+        pieces.append(piece)
+        cancel.cancel()
+    assert pieces[-1].generation is not None
+    assert pieces[-1].generation.finish_reason == "cancelled"
+
+
+def test_refusals(server: Server, client: VLLMClient) -> None:
+    with pytest.raises(InvalidInputError, match="512"):
+        client.generate(TokenIds((500,) * 600))
+    with VLLMClient(server.url, model="another") as other, pytest.raises(ModelMismatchError, match="serves smol"):
+        other.generate("a")
+
+
+def test_a_server_without_kvroute_that_dies(tmp_path: Path, server: Server) -> None:
+    plain = start(tmp_path / "log", connector=False)
+    try:
+        with VLLMClient(plain.url, retries=1) as client, VLLMClient([plain.url, server.url]) as both:
+            assert client.generate(TEXTS[0], max_tokens=2).text
+            with pytest.raises(ConnectorMissingError):
+                client.generate(TEXTS[0], features="kv-coe")
+            assert len(both.generate(TEXTS * 4, max_tokens=4)) == 12
+            plain.process.kill()
+            assert len(both.generate(TEXTS * 4, max_tokens=4)) == 12
+            with pytest.raises(ServerUnreachableError):
+                client.generate(TEXTS[0])
+    finally:
+        stop(plain)
