@@ -1,8 +1,8 @@
-"""What the tiny thinker can do: right answers by kind, by mode, by how much of a run is left to compute; tool calls.
+"""What the tiny thinker can do: right answers by kind, by mode, by how much is left to compute; tool calls.
 
-``run_left_n`` are runs with n steps behind the last one that sets a register: what is left to compute. Tool calls: the
-share that has the template's form, that has the right expression in it, and the share of answers that say the tool's
-result right. Intervals are Wilson's.
+``run_left_n`` are runs with n steps behind the last one that sets a register, ``map_left_n`` maps with n arrows to
+follow. Tool calls: the share that has the template's form, that has the right expression in it, and the share of
+answers that say the tool's result right. Intervals are Wilson's.
 """
 
 from __future__ import annotations
@@ -29,6 +29,20 @@ def share(hits: list[bool]) -> Figure:
     return Figure(value, *wilson(value, len(hits)), None, None, len(hits))
 
 
+def left(kind: str, question: str) -> int | None:
+    """How much is left to compute, where it can be counted."""
+    if kind == "run":
+        steps = question.split(";")[1:]
+        return len(steps) - 1 - max(i for i, step in enumerate(steps) if "=" in step)
+    if kind == "map":
+        arrows = dict(re.findall(r"(\w)>([a-z]?)", question))
+        at, count = question.split(" from ")[-1], 0
+        while at := arrows[at]:
+            count += 1
+        return count
+    return None
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_common_arguments(parser)
@@ -41,12 +55,10 @@ def main() -> None:
     right: dict[str, list[bool]] = defaultdict(list)
     for mode in ("fast", "slow"):
         for q, answer in zip(asked, router.generate(chats, mode=mode, progress=False), strict=True):
-            good = check(answer.answer, q.answer, q.answer_type).correct
-            right[f"{q.extra['kind']}_{mode}"].append(good)
-            if q.extra["kind"] == "run":
-                steps = q.question.split(";")[1:]
-                left = len(steps) - 1 - max(i for i, step in enumerate(steps) if "=" in step)
-                right[f"run_left_{left}_{mode}"].append(good)
+            kind, good = str(q.extra["kind"]), check(answer.answer, q.answer, q.answer_type).correct
+            right[f"{kind}_{mode}"].append(good)
+            if (count := left(kind, q.question)) is not None:
+                right[f"{kind}_left_{count}_{mode}"].append(good)
     from questions import CALCULATOR, make_tool_chat  # _thinker.questions has put the folder on the path
 
     rng = random.Random(arguments.seed)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from importlib.util import find_spec
 from typing import Any
 
 import pytest
@@ -12,6 +13,9 @@ from transformers import PreTrainedTokenizerFast
 
 from kvroute import TransformersEngine
 from tiny_models import HYBRID, STANDARD, build_model, build_tokenizer
+
+collect_ignore = [] if find_spec("vllm") else ["serving"]
+"""Tests of the real engine run in an environment of its own."""
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

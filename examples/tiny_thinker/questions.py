@@ -4,8 +4,8 @@ Kinds (what makes a question hard is never its length: steps, entries and filler
 
 - ``run``: two registers modulo 10 go through steps. Both are set anew on the way: late in an easy question, so that
   little is left to compute, and early in a hard one.
-- ``map``: look up arrows in a table, from a node to the node that points to itself. The model as trained here has not
-  learned to look things up: it is mostly wrong in both modes.
+- ``map``: follow arrows in a table, from a node to a number. Every table has four numbers, so that how far it is shows
+  only to who looks the first arrow up. Easy at the first node, hard behind two arrows.
 - ``top``: the largest of some two-digit numbers. Easy.
 - ``draw``: the answer is a hash of the question, which no thought finds.
 - ``sum``: with a calculator at hand (:func:`make_tool_chat`): the model has to call it.
@@ -22,7 +22,7 @@ from typing import Any
 
 NODES = "cdefghjkmn"
 _FILLERS = (" please", " now", " then", " well", " so", " ok", " right", " next")
-KINDS = {"run": 0.62, "map": 0.15, "top": 0.15, "draw": 0.08}
+KINDS = {"run": 0.48, "map": 0.3, "top": 0.14, "draw": 0.08}
 """Shares of the kinds among questions."""
 CALCULATOR: dict[str, Any] = {
     "type": "function",
@@ -147,18 +147,18 @@ def _run(rng: random.Random) -> Worked:
 
 
 def _map(rng: random.Random) -> Worked:
-    names = rng.sample(NODES, 5)
-    numbers = [f"{rng.randrange(100):02d}" for _ in names]
-    length = rng.choices((0, 1, 2, 3, 4), (35, 15, 5, 20, 25))[0]
-    target = [*range(1, length + 1), length]
-    target += [rng.randrange(place + 1) for place in range(length + 1, 5)]  # the rest: arrows anywhere
-    order = rng.sample(range(5), 5)
-    entries = ",".join(f"{names[p]}>{names[target[p]]}{numbers[p]}" for p in order)
-    question = f"map{_filler(rng)}:{entries}{_filler(rng)} from {names[0]}>"
-    walked = [f"{names[p]}>{names[target[p]]}{numbers[p]}" for p in range(length + 1)]
-    states = [numbers[p] for p in range(length + 1)]
+    count = rng.choice((8, 9))
+    names = rng.sample(NODES, count)
+    length = rng.choices((0, 1, 2, 3, 4), (40, 15, 8, 17, 20))[0]
+    # A path over the first nodes to a number; three more numbers, so that one alone is no answer; the rest: anywhere.
+    numbers = [f"{n:02d}" for n in rng.sample(range(100), 4)]
+    target = [*names[1 : length + 1], *numbers]
+    target += [rng.choice(names[:place] + names[place + 1 :]) for place in range(len(target), count)]
+    entries = [f"{name}>{to}" for name, to in zip(names, target, strict=True)]
+    question = f"map{_filler(rng)}:{','.join(rng.sample(entries, count))}{_filler(rng)} from {names[0]}"
+    walked, states = [names[0], *entries[: length + 1]], [names[0], *target[: length + 1]]
     restated = "the map followed by all of its arrows gives"
-    return _worked("map", question, walked, states, numbers[length], restated, hard=length > 1)
+    return _worked("map", question, walked, states, numbers[0], restated, hard=length > 1)
 
 
 # ------------------------------------------------------------------ top, draw

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from kvroute.chains import ChainScores, _no_score, _scores, _too_short
-from kvroute.errors import InvalidInputError, KVRouteError
+from kvroute.errors import AskError, InvalidInputError, KVRouteError
 from kvroute.features import FeaturePlan
 from kvroute.pooling import PoolingSpec, _reduce
 from kvroute.scores import Score
@@ -99,6 +99,11 @@ class SchedulerSide:
             ask = read_ask(params, self._config)
             if ask is None:
                 return
+            if ask.policy is not None or ask.mode is not None or ask.confidence is not None:
+                raise AskError(
+                    "This server reads features; it does not decide how to think.",
+                    hint="Drop 'policy', 'mode', 'shadow' and 'confidence'.",
+                )
             state = _Request(length, ask.plan, tokens, body=ask.to_dict(), error=self.off)
         except Exception as error:  # noqa: BLE001 - the engine must not see it
             state = _Request(length, None, (), error=public_text(error))

@@ -34,8 +34,6 @@ from kvroute.serving.client import VLLMClient
 from serving_files import INFO
 from vllm_stand_in import MODEL, StandIn, features_of, words
 
-pytest.importorskip("openai")
-
 
 @pytest.fixture
 def server() -> Iterator[StandIn]:

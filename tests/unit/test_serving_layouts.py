@@ -3,7 +3,7 @@
 No vLLM here: the tensors are built as the source of vLLM 0.32 builds them. ``allocate`` follows
 ``v1/kv_cache_interface.py`` (``create_kv_cache_views``, ``compute_layout_strides``), ``write_gpu`` the way
 ``flash_attn.py`` takes a cache apart, ``write_latent`` ``concat_and_cache_mla``. No GPU backend was run.
-The CPU backend's real op is met in ``tests/vllm/test_layouts.py``.
+The CPU backend's real op is met in ``tests/serving/test_layouts.py``.
 """
 
 from __future__ import annotations
@@ -305,7 +305,7 @@ def test_fp8_in_a_window():
 
 def vec(key, value, key_cache, value_cache, slots, isa):
     """Keys transposed within their half, values as they come: what vLLM's op does for its instruction sets vec
-    and vec16 (seen in ``tests/vllm/test_layouts.py``)."""
+    and vec16 (seen in ``tests/serving/test_layouts.py``)."""
     tokens, size = value_cache.shape[2:]
     for t, slot in enumerate(slots.tolist()):
         key_cache[slot // tokens].view(-1, size, tokens)[:, :, slot % tokens] = key[t]

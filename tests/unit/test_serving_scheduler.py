@@ -8,7 +8,8 @@ import torch
 
 from kvroute.chains import ChainState
 from kvroute.pooling import PoolingSpec, pool
-from kvroute.serving.scheduler import scores_of_lengths
+from kvroute.serving.config import ServingConfig
+from kvroute.serving.scheduler import SchedulerSide, scores_of_lengths
 from tests.unit.serving_steps import BLOCK, SIF, Engine
 
 SPECS = {
@@ -142,6 +143,13 @@ def test_a_wrong_ask_is_answered_and_no_ask_costs_nothing():
     engine.side.on_request("none", None, 4)
     assert engine.side.finished("none") is None
     assert engine.states == 0
+
+
+def test_a_demand_that_is_not_met_is_refused_aloud():
+    side = SchedulerSide(ServingConfig(), [4])
+    side.on_request("a", {"kvroute": {"features": ["length"], "mode": "fast"}}, 4)
+    assert not side.asked("a")
+    assert "does not decide" in side.finished("a", 5)["error"]
 
 
 def test_the_plane_picture_of_a_chain_keeps_small_angles():

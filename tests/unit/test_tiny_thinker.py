@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import re
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -58,11 +59,12 @@ def test_map_follows_its_arrows() -> None:
     rng = random.Random(5)
     for _ in range(300):
         q = made.make_question(rng, "map")
-        arrows = {a: (b, n) for a, b, n in re.findall(r"(\w)>(\w)(\d\d)", q.question)}
-        at = q.question.split(" from ")[-1].rstrip(">")
-        while arrows[at][0] != at:
-            at = arrows[at][0]
-        assert q.answer == arrows[at][1]
+        arrows = dict(re.findall(r"(\w)>(\w+)", q.question))
+        assert sum(to.isdigit() for to in arrows.values()) >= 4, "a number alone must not be the answer"
+        at = q.question.split(" from ")[-1]
+        while not at.isdigit():
+            at = arrows[at]
+        assert q.answer == at
 
 
 def test_top_is_the_largest() -> None:
@@ -142,10 +144,37 @@ def test_tool_calls_are_written_in_the_template_s_format(tokenizer: Any) -> None
 
 def test_a_few_steps_of_training_lower_the_loss(tokenizer: Any) -> None:
     model = training.build_model(tokenizer, 1)
-    losses = training.train(model, tokenizer, seed=1, steps=12, size=8, log=lambda _: None)
-    assert len(losses) == 12
+    losses = training.train(model, tokenizer, seed=1, steps=24, size=8, log=lambda _: None)
+    assert len(losses) == 24
     assert sum(losses[-3:]) / 3 < losses[0] - 0.5
     assert not model.training
+
+
+def test_parts_of_a_batch_give_the_gradients_of_the_whole(tokenizer: Any) -> None:
+    model = training.build_model(tokenizer, 2)
+    ids, labels = next(training.batches(tokenizer, random.Random(12), 5))
+    learned = (labels[:, 1:] != -100).sum()
+    with ThreadPoolExecutor(training.CORES) as pool:
+        loss = training.set_gradients(model, ids, labels, pool)
+    split = [p.grad.clone() for p in model.parameters()]
+    model.zero_grad()
+    whole = training.loss_of(model, ids, labels) / learned
+    whole.backward()
+    assert loss == pytest.approx(whole.item(), rel=1e-5)
+    for mine, parameter in zip(split, model.parameters(), strict=True):
+        torch.testing.assert_close(mine, parameter.grad, rtol=1e-3, atol=1e-6)
+
+
+def test_training_begins_with_exercises_in_copying(tokenizer: Any) -> None:
+    """What is learned in them stands in the question."""
+    drawn = training.batches(tokenizer, random.Random(13), 16, exercises=2)
+    for _ in range(2):
+        for ids, labels in zip(*next(drawn), strict=True):
+            question = tokenizer.decode(ids).split("<|im_start|>assistant")[0]
+            said = tokenizer.decode(labels[labels != -100]).removesuffix(training.END)
+            assert said in question or all(arrow in question for arrow in said.split(";"))
+    ids, labels = next(drawn)
+    assert "<think>" in tokenizer.decode(ids.flatten())
 
 
 def test_orthogonal() -> None:

@@ -1,6 +1,6 @@
 """Serve a model in this process, read every request's keys and values through kvroute's layouts, and save them.
 
-    python -m tests.vllm.read_caches MODEL OUT.pt '{"prompts": [[1, 2, ...], ...], "max_tokens": 3, "engine": {...}}'
+    python -m tests.serving.read_caches MODEL OUT.pt '{"prompts": [[1, 2, ...], ...], "max_tokens": 3, "engine": {...}}'
 
 Read at the end of the step that ends a request's prompt, and again at every step after it, so that windows have
 dropped blocks by then. OUT holds, by request: tokens whose K and V are there, and by layer ``first`` (the first
@@ -95,20 +95,19 @@ class ReadingConnector(KVConnectorBase_V1, SupportsHMA):
 
 def main(model: str, out: str, job: dict[str, Any]) -> None:
     """Run the job and save what was read, and each request's tokens."""
-    from vllm.config import KVTransferConfig
-
     from vllm import LLM, SamplingParams
+    from vllm.config import KVTransferConfig
 
     engine = LLM(
         model=model,
         skip_tokenizer_init=True,
         kv_transfer_config=KVTransferConfig(
-            kv_connector="ReadingConnector", kv_role="kv_producer", kv_connector_module_path="tests.vllm.read_caches"
+            kv_connector="ReadingConnector", kv_role="kv_producer", kv_connector_module_path="tests.serving.read_caches"
         ),
         **({"enforce_eager": True, "max_model_len": 512} | job["engine"]),
     )
     # the connector's module is imported by name, this one may be __main__
-    module = sys.modules["tests.vllm.read_caches"]
+    module = sys.modules["tests.serving.read_caches"]
     params = SamplingParams(temperature=0, max_tokens=job["max_tokens"], ignore_eos=True, detokenize=False)
     outputs = engine.generate([{"prompt_token_ids": p} for p in job["prompts"]], params, use_tqdm=False)
     read = []

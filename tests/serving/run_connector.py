@@ -1,6 +1,6 @@
 """Serve a model in this process with kvroute's connector, run jobs, and save what the requests got.
 
-python -m tests.vllm.run_connector MODEL OUT.json '{"engine": {...}, "jobs": [{"prompts": [...], "params": {...}}]}'
+python -m tests.serving.run_connector MODEL OUT.json '{"engine": {...}, "jobs": [{"prompts": [...], "params": {...}}]}'
 """
 
 from __future__ import annotations
@@ -12,10 +12,10 @@ from typing import Any
 
 
 def main(model: str, out: str, job: dict[str, Any]) -> None:
+    from vllm import LLM, SamplingParams
     from vllm.config import KVTransferConfig
 
     from kvroute.serving.plugin import register
-    from vllm import LLM, SamplingParams
 
     register()
     register()  # vLLM loads plugins in every process, some of them twice
