@@ -35,7 +35,8 @@ from kvroute_kernels import (
     token_vectors,
 )
 
-_NOT_FINITE = "the chain holds values that are not finite"
+NOT_FINITE = "the chain holds values that are not finite"
+NO_TOKEN = "the chain has no token yet"
 
 _PIECES = 64
 """Small tensors that CoE-C's floats may lie in before they are joined: a tensor costs more than what is in it."""
@@ -75,40 +76,46 @@ def chain_scores(chain: Tensor) -> ChainScores:
     """
     z = chain.double()
     if z.shape[0] < 3:
-        return _no_score(_too_short(z.shape[0]))
+        return no_score(too_short(z.shape[0]))
     if not bool(torch.isfinite(z).all()):
-        return _no_score(_NOT_FINITE)
+        return no_score(NOT_FINITE)
     magnitudes = torch.linalg.vector_norm(z[1:] - z[:-1], dim=1)
     angles = angle_between(z[1:], z[:-1])
-    return _scores(magnitudes, angles, z[0], z[-1], bool(torch.isnan(angles).any()))
+    return scores_of_steps(magnitudes, angles, z[0], z[-1], bool(torch.isnan(angles).any()))
 
 
-def _too_short(count: int) -> str:
+def too_short(count: int) -> str:
+    """Why a chain of so few vectors has no score."""
     return f"the chain has {count} vectors, and fewer than 3 have the same score whatever they are"
 
 
-def _no_score(reason: str) -> ChainScores:
+def no_score(reason: str) -> ChainScores:
+    """Neither score, and why."""
     return ChainScores(Score(None, reason), Score(None, reason))
 
 
-def _scores(magnitudes: Tensor, angles: Tensor, first: Tensor, last: Tensor, degenerate: bool) -> ChainScores:
+def scores_of_steps(magnitudes: Tensor, angles: Tensor, first: Tensor, last: Tensor, degenerate: bool) -> ChainScores:
+    """Scores from the lengths and angles of a chain's N steps, ``[N]`` each, and its ends ``[F]``.
+
+    ``degenerate`` says that a vector of the chain is zero.
+    """
     first, last = first.double(), last.double()
     if degenerate:
-        return _no_score("a vector of the chain is zero, so an angle is undefined")
+        return no_score("a vector of the chain is zero, so an angle is undefined")
     span = float(torch.linalg.vector_norm(last - first))
     turn = float(angle_between(last, first))
     if not math.isfinite(span) or not math.isfinite(turn):
-        return _no_score(_NOT_FINITE)
+        return no_score(NOT_FINITE)
     if span == 0.0:
-        return _no_score("the chain ends where it began")
+        return no_score("the chain ends where it began")
     if turn == 0.0:
-        return _no_score("the chain's ends point the same way, so its angles have no measure")
+        return no_score("the chain's ends point the same way, so its angles have no measure")
     m = magnitudes.double() / span
     a = angles.double() / turn
     r = float(m.mean() - a.mean())
     c = float(torch.hypot((m * torch.cos(a)).mean(), (m * torch.sin(a)).mean()))
     if not math.isfinite(r) or not math.isfinite(c):
-        return _no_score(_NOT_FINITE)
+        return no_score(NOT_FINITE)
     return ChainScores(Score(r), Score(c))
 
 
@@ -236,12 +243,12 @@ class ChainState:
         """Scores of the token-axis chain so far."""
         count = 0 if self._token is None else int(self._token.count[sequence])
         if count < 3:
-            return _no_score(_too_short(count))
+            return no_score(too_short(count))
         assert self._token is not None
         steps = self._steps[sequence]
         if len(steps) > 1:  # one tensor from here on
             steps[:] = [torch.cat(steps, dim=1)]
-        return _scores(
+        return scores_of_steps(
             steps[0][0],
             steps[0][1],
             self._token.first[sequence].cpu(),
@@ -253,16 +260,20 @@ class ChainState:
         """Scores of the layer-axis chain so far."""
         count = 0 if self._token is None else int(self._token.count[sequence])
         if count == 0:
-            return _no_score("the chain has no token yet")
+            return no_score(NO_TOKEN)
         assert self._layer_sums is not None
         return chain_scores(self._layer_sums[sequence].cpu() / count)
 
     def scores(self, sequence: int = 0) -> dict[str, Score]:
         """All four scores by their names in :data:`kvroute.SCORES`."""
-        token, layer = self.token_scores(sequence), self.layer_scores(sequence)
-        return {
-            "kv_coe_r_token": token.r,
-            "kv_coe_c_token": token.c,
-            "kv_coe_r_layer": layer.r,
-            "kv_coe_c_layer": layer.c,
-        }
+        return named_scores(self.token_scores(sequence), self.layer_scores(sequence))
+
+
+def named_scores(token: ChainScores, layer: ChainScores) -> dict[str, Score]:
+    """The scores of both chains by their names in :data:`kvroute.SCORES`."""
+    return {
+        "kv_coe_r_token": token.r,
+        "kv_coe_c_token": token.c,
+        "kv_coe_r_layer": layer.r,
+        "kv_coe_c_layer": layer.c,
+    }

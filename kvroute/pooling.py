@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from torch import Tensor
 
 from kvroute.errors import InvalidInputError, NonFiniteCacheError, SpecError, WindowedLayerError
-from kvroute_kernels import KVView, KVViewError, WindowError, paged_pool
+from kvroute_kernels import KVView, KVViewError, PooledSums, WindowError, paged_pool
 
 if TYPE_CHECKING:
     from kvroute.info import ModelInfo
@@ -172,6 +172,11 @@ class PoolingSpec(_Spec):
         """The layer indices for a model with that many attention layers, ascending where reduced by ``last``."""
         return resolve_layers(self.layers, num_layers)
 
+    def read_layers(self, num_layers: int) -> tuple[int, ...]:
+        """The layers whose tokens are summed, in order: those of :meth:`resolve`, or the deepest alone."""
+        layers = self.resolve(num_layers)
+        return (max(layers),) if self.layer_reduce == "last" else layers
+
     def deepest_layer(self, info: ModelInfo) -> int:
         """Index of the deepest attention layer it reads: no deeper layer has to run."""
         return max(self.resolve(info.num_layers))
@@ -255,7 +260,27 @@ def pool(
         WindowedLayerError: a layer with a window holds the tokens no more.
         NonFiniteCacheError: NaN or infinity in the cache, with layer and position.
     """
-    layers = spec.resolve(len(view.layers) if num_layers is None else num_layers)
+    sums = token_sums(view, spec, num_layers=num_layers, start=start, stop=stop, sif_weights=sif_weights)
+    vector = reduced(spec, sums.keys, sums.values, sums.weight)
+    if not bool(torch.isfinite(vector).all()):
+        fault = view.find_non_finite(spec.read_layers(len(view.layers) if num_layers is None else num_layers))
+        if fault is not None:
+            raise NonFiniteCacheError(fault.sequence, fault.layer, fault.position, fault.part)
+        raise InvalidInputError("The pooled vector overflows, though the cache is finite.", hint="Use tokens='mean'.")
+    return vector
+
+
+def token_sums(
+    view: KVView,
+    spec: PoolingSpec,
+    *,
+    num_layers: int | None = None,
+    start: Sequence[int] | None = None,
+    stop: Sequence[int] | None = None,
+    sif_weights: Sequence[Tensor] | None = None,
+) -> PooledSums:
+    """The first half of :func:`pool`: sums over the spec's tokens. Arguments and errors are those of :func:`pool`."""
+    layers = spec.read_layers(len(view.layers) if num_layers is None else num_layers)
     first = [0] * view.num_sequences if start is None else list(start)
     last = view.host_lengths if stop is None else list(stop)
     for index, (low, high) in enumerate(zip(first, last, strict=True)):
@@ -263,10 +288,8 @@ def pool(
             raise InvalidInputError(f"Sequence {index} has no token in {low}..{high} to pool.")
     ranges = [token_range(spec, low, high) for low, high in zip(first, last, strict=True)]
     weights = _weights(spec, ranges, sif_weights, view.lengths.device)
-    if spec.layer_reduce == "last":
-        layers = (max(layers),)
     try:
-        sums = paged_pool(
+        return paged_pool(
             view,
             layers=layers,
             start=[r[0] for r in ranges],
@@ -280,13 +303,22 @@ def pool(
         ) from error
     except KVViewError as error:
         raise SpecError(str(error)) from error
-    halves = [_reduce(s, sums.weight, spec) for s in (sums.keys, sums.values) if s is not None]
+
+
+def reduced(spec: PoolingSpec, keys: Tensor | None, values: Tensor | None, weight: Tensor) -> Tensor:
+    """The second half of :func:`pool`: heads, layers, K beside V, L2 norm.
+
+    Args:
+        spec: how.
+        keys: ``[B, n_layers, H, D]`` sums over tokens, or None.
+        values: ``[B, n_layers, H, Dv]``, or None.
+        weight: ``[B]`` sum of the weights.
+
+    Returns:
+        ``[B, dim]``.
+    """
+    halves = [_reduce(s, weight, spec) for s in (keys, values) if s is not None]
     vector = torch.cat(halves, dim=1)
-    if not bool(torch.isfinite(vector).all()):
-        fault = view.find_non_finite(layers)
-        if fault is not None:
-            raise NonFiniteCacheError(fault.sequence, fault.layer, fault.position, fault.part)
-        raise InvalidInputError("The pooled vector overflows, though the cache is finite.", hint="Use tokens='mean'.")
     if spec.normalize:
         vector = torch.nn.functional.normalize(vector, dim=1)
     return vector

@@ -15,10 +15,18 @@ from typing import Any
 import numpy as np
 import torch
 
-from kvroute.chains import ChainScores, _no_score, _scores, _too_short
+from kvroute.chains import (
+    NO_TOKEN,
+    NOT_FINITE,
+    ChainScores,
+    named_scores,
+    no_score,
+    scores_of_steps,
+    too_short,
+)
 from kvroute.errors import AskError, InvalidInputError, KVRouteError
 from kvroute.features import FeaturePlan
-from kvroute.pooling import PoolingSpec, _reduce
+from kvroute.pooling import PoolingSpec, reduced
 from kvroute.scores import Score
 from kvroute.serving.answers import Result, Tokens, public_text
 from kvroute.serving.asks import read_ask
@@ -293,27 +301,16 @@ class SchedulerSide:
 
 def pooled_vector(spec: PoolingSpec, keys: Array | None, values: Array | None, weight: float) -> Array:
     """A feature ``[dim]`` float32 from its sums ``[n_layers, H, D]``."""
-    total = torch.tensor([weight], dtype=torch.float32)
-    halves = [_reduce(torch.from_numpy(np.array(x))[None], total, spec) for x in (keys, values) if x is not None]
-    vector = torch.cat(halves, dim=1)
-    if spec.normalize:
-        vector = torch.nn.functional.normalize(vector, dim=1)
-    found: Array = vector[0].numpy()
+    sums = [None if x is None else torch.from_numpy(np.array(x))[None] for x in (keys, values)]
+    found: Array = reduced(spec, sums[0], sums[1], torch.tensor([weight], dtype=torch.float32))[0].numpy()
     return found
 
 
 def chain_results(steps: list[Array], ends: tuple[float, Array, float] | None) -> dict[str, Score]:
     """The scores of the family ``kv-coe`` from squared lengths (see :class:`~kvroute.serving.messages.Norms`)."""
     if ends is None:
-        token, layer = _no_score(_too_short(0)), _no_score("the chain has no token yet")
-    else:
-        token, layer = scores_of_lengths(np.concatenate(steps), ends[0]), scores_of_lengths(ends[1], ends[2])
-    return {
-        "kv_coe_r_token": token.r,
-        "kv_coe_c_token": token.c,
-        "kv_coe_r_layer": layer.r,
-        "kv_coe_c_layer": layer.c,
-    }
+        return named_scores(no_score(too_short(0)), no_score(NO_TOKEN))
+    return named_scores(scores_of_lengths(np.concatenate(steps), ends[0]), scores_of_lengths(ends[1], ends[2]))
 
 
 def scores_of_lengths(steps: Array, span: float) -> ChainScores:
@@ -324,9 +321,9 @@ def scores_of_lengths(steps: Array, span: float) -> ChainScores:
         span: |z_N - z_0|^2.
     """
     if len(steps) < 3:
-        return _no_score(_too_short(len(steps)))
+        return no_score(too_short(len(steps)))
     if not np.isfinite(steps).all() or not math.isfinite(span):
-        return _no_score("the chain holds values that are not finite")
+        return no_score(NOT_FINITE)
     square = torch.from_numpy(np.ascontiguousarray(steps))
     norm = square[:, 1].sqrt()
     angles = _angles(square[1:, 0], norm[1:], norm[:-1])
@@ -334,7 +331,7 @@ def scores_of_lengths(steps: Array, span: float) -> ChainScores:
     # the same two ends in a plane
     first = torch.stack([norm[0], torch.zeros_like(turn)])
     last = torch.stack([norm[-1] * turn.cos(), norm[-1] * turn.sin()])
-    return _scores(square[1:, 0].sqrt(), angles, first, last, bool((norm == 0).any()))
+    return scores_of_steps(square[1:, 0].sqrt(), angles, first, last, bool((norm == 0).any()))
 
 
 def _angles(square: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:

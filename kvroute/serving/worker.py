@@ -16,12 +16,12 @@ import torch
 from torch import Tensor
 
 from kvroute.errors import WindowedLayerError
-from kvroute.pooling import PoolingSpec, token_range
+from kvroute.pooling import PoolingSpec, token_sums
 from kvroute.serving.answers import public_text
 from kvroute.serving.asks import Ask
 from kvroute.serving.messages import Array, Norms, StepMeta, StepRequest, StepResults, Sums
 from kvroute.serving.pages import LayerPages, stack_pages, view_of
-from kvroute_kernels import KVView, paged_pool
+from kvroute_kernels import KVView
 
 _log = logging.getLogger(__name__)
 _LOGGED = 5
@@ -33,12 +33,6 @@ def feature_key(of: str, spec: PoolingSpec) -> str:
     return f"{of}|{spec.layers}|{spec.part}|{spec.tokens in ('last', 'first') and spec.tokens}|" + (
         f"{spec.window}|{spec.weights}|{spec.sif_a if spec.weights == 'sif' else ''}|{spec.layer_reduce == 'last'}"
     )
-
-
-def read_layers(spec: PoolingSpec, num_layers: int) -> tuple[int, ...]:
-    """The layers that a spec reads, in its order."""
-    layers = spec.resolve(num_layers)
-    return (max(layers),) if spec.layer_reduce == "last" else layers
 
 
 def window_of(spec: PoolingSpec) -> int | None:
@@ -223,22 +217,14 @@ class WorkerSide:
                 by_key.setdefault(key, []).append(i)
         for key, rows in by_key.items():
             spec = self._asked[requests[rows[0]].id].prompt[key]
-            ranges = [token_range(spec, 0, requests[i].prompt_len) for i in rows]
-            weights = None
-            if spec.weights == "position":
-                weights = [torch.arange(lo + 1, hi + 1, dtype=torch.float32) for lo, hi in ranges]
-            elif spec.weights == "sif":
-                weights = [
-                    torch.from_numpy(requests[i].weights[spec.sif_a][lo:hi])
-                    for i, (lo, hi) in zip(rows, ranges, strict=True)
-                ]
-            sums = paged_pool(
+            sums = token_sums(
                 view.select_sequences(rows),
-                layers=read_layers(spec, self._num_layers),
-                start=[lo for lo, _ in ranges],
-                stop=[hi for _, hi in ranges],
-                part=spec.part,
-                weights=weights,
+                spec,
+                num_layers=self._num_layers,
+                stop=[requests[i].prompt_len for i in rows],
+                sif_weights=[torch.from_numpy(requests[i].weights[spec.sif_a]) for i in rows]
+                if spec.weights == "sif"
+                else None,
             )
             results.sums[key] = Sums(
                 [requests[i].id for i in rows],
@@ -317,7 +303,7 @@ class WorkerSide:
             if letter not in spec.part:
                 out.append(None)
                 continue
-            x = got.pick(read_layers(spec, self._num_layers), part)
+            x = got.pick(spec.read_layers(self._num_layers), part)
             device = x.device
             state = self._rows.get(f"{key}|{letter}", x.shape[1:], torch.float64, device)
             w = signs[chosen].to(device)
