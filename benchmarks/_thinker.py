@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from _harness import Figure, judge
+from _harness import Figure, add_common_arguments, judge
 from kvroute import TransformersEngine
 from kvroute.label_rows import LabelMeta, LabelRow, Part, read_labels, write_meta
 from kvroute.labelling import Labeller
@@ -21,6 +22,14 @@ CACHE = ROOT / ".cache" / "thinker"
 MAX_TOKENS = {"fast": 48, "slow": 192}
 """More than any of its answers has."""
 _CHUNK = 512
+
+
+def argument_parser(description: str | None) -> argparse.ArgumentParser:
+    """The shared arguments, and ``--thinker``."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_common_arguments(parser)
+    parser.add_argument("--thinker", type=Path, help="folder of the model, by default the one in examples")
+    return parser
 
 
 def engine(folder: str | Path | None = None) -> TransformersEngine:

@@ -8,13 +8,10 @@ trained on other questions' answers (``kvroute train --target correct``). Tokens
 
 from __future__ import annotations
 
-import argparse
-from pathlib import Path
-
 import numpy as np
 
 import _thinker
-from _harness import Figure, add_common_arguments, figure_table, finish, table
+from _harness import Figure, figure_table, finish, table
 from kvroute import Router, SamplingOptions
 from kvroute.checkers import check
 from kvroute.heads.search import SearchOptions
@@ -25,9 +22,7 @@ from kvroute.voting import Voted
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_common_arguments(parser)
-    parser.add_argument("--thinker", type=Path, help="folder of the model, by default the one in examples")
+    parser = _thinker.argument_parser(__doc__)
     parser.add_argument("--samples", type=int, default=7)
     parser.add_argument("--temperature", type=float, default=1.0)
     arguments = parser.parse_args()

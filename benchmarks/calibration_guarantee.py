@@ -26,10 +26,10 @@ import numpy as np
 import _thinker
 from _harness import Figure, add_common_arguments, exact, figure_table, finish, judge, table
 from kvroute.bounds import binomial_lower, binomial_upper
-from kvroute.candidates import Candidate, one_step_grid
+from kvroute.candidates import Candidate, one_step_grid, slow_rows
 from kvroute.files import read_tensors, write_tensors
 from kvroute.guarantee import AtMostLoss, certify
-from kvroute.routing_curves import Outcome
+from kvroute.routing_curves import Modes, Outcome
 
 if TYPE_CHECKING:
     from kvroute import TransformersEngine
@@ -67,14 +67,10 @@ class Pool:
     def candidate(self, pair: Pair, rows: Any = slice(None)) -> Candidate:
         """The one-step policy on some rows."""
         tau, give_up = pair
-        d = self.difficulty[rows]
-        slow = (d > tau) & (d <= (np.inf if give_up is None else give_up))
-        return Candidate(
-            np.where(slow, self.slow_correct[rows], self.fast_correct[rows]),
-            np.where(slow, self.slow_tokens[rows], self.fast_tokens[rows]),
-            slow.astype(np.float64),
-            {"kind": "one-step", "tau": tau, "give_up": give_up},
-        )
+        slow = slow_rows(self.difficulty[rows], tau, give_up)
+        fast = Outcome(self.fast_correct[rows], self.fast_tokens[rows])
+        found = Modes(fast, self.baseline(rows)).chosen(slow)
+        return Candidate(found.right, found.tokens, slow, {"kind": "one-step", "tau": tau, "give_up": give_up})
 
     @classmethod
     def of(cls, rows: Sequence[LabelRow], difficulty: Floats) -> Pool:

@@ -10,7 +10,6 @@ one's settings, chosen on validation rows, and the two plain modes may be mixed)
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -18,7 +17,7 @@ import numpy as np
 from rich.console import Console
 
 import _thinker
-from _harness import Figure, add_common_arguments, figure_table, finish
+from _harness import Figure, figure_table, finish
 from kvroute import Policy, Router, TransformersEngine
 from kvroute.candidates import Candidate, run_candidate
 from kvroute.heads import DifficultyHead
@@ -78,9 +77,7 @@ def by_kind(rows: Sequence[LabelRow]) -> list[str]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_common_arguments(parser)
-    parser.add_argument("--thinker", type=Path, help="folder of the model, by default the one in examples")
+    parser = _thinker.argument_parser(__doc__)
     parser.add_argument("--rows", type=int, help="questions of all parts; the half of them is test")
     parser.add_argument("--out", type=Path, help="folder for report.json, PNG and SVG")
     arguments = parser.parse_args()

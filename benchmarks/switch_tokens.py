@@ -7,13 +7,10 @@ written. Both sides are run; they must write the same tokens.
 
 from __future__ import annotations
 
-import argparse
-from pathlib import Path
-
 import numpy as np
 
 import _thinker
-from _harness import Figure, add_common_arguments, figure_table, finish
+from _harness import Figure, figure_table, finish
 from kvroute import Policy, Router, SamplingOptions, TransformersEngine
 from kvroute.generation import TokenIds
 from kvroute.heads import DifficultyHead
@@ -32,10 +29,7 @@ def train(thinker: TransformersEngine, count: int, seed: int) -> DifficultyHead:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_common_arguments(parser)
-    parser.add_argument("--thinker", type=Path, help="folder of the model, by default the one in examples")
-    arguments = parser.parse_args()
+    arguments = _thinker.argument_parser(__doc__).parse_args()
     thinker = _thinker.engine(arguments.thinker)
     head = train(thinker, 500 if arguments.quick else 2000, arguments.seed)
     options = SamplingOptions(max_tokens=_thinker.MAX_TOKENS["slow"])

@@ -7,15 +7,13 @@ answers that say the tool's result right. Intervals are Wilson's.
 
 from __future__ import annotations
 
-import argparse
 import json
 import random
 import re
 from collections import defaultdict
-from pathlib import Path
 
 import _thinker
-from _harness import Figure, add_common_arguments, figure_table, finish
+from _harness import Figure, figure_table, finish
 from kvroute import Router, SamplingOptions
 from kvroute.checkers import check
 from kvroute.routing_metrics import wilson
@@ -29,29 +27,14 @@ def share(hits: list[bool]) -> Figure:
     return Figure(value, *wilson(value, len(hits)), None, None, len(hits))
 
 
-def left(kind: str, question: str) -> int | None:
-    """How much is left to compute, where it can be counted."""
-    if kind == "run":
-        steps = question.split(";")[1:]
-        return len(steps) - 1 - max(i for i, step in enumerate(steps) if "=" in step)
-    if kind == "map":
-        arrows = dict(re.findall(r"(\w)>([a-z]?)", question))
-        at, count = question.split(" from ")[-1], 0
-        while at := arrows[at]:
-            count += 1
-        return count
-    return None
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_common_arguments(parser)
-    parser.add_argument("--thinker", type=Path, help="folder of the model, by default the one in examples")
-    arguments = parser.parse_args()
+    arguments = _thinker.argument_parser(__doc__).parse_args()
     thinker = _thinker.engine(arguments.thinker)
     asked = _thinker.questions(200 if arguments.quick else 3000, arguments.seed + 6)
     chats = [[{"role": "user", "content": q.question}] for q in asked]
     router = Router(thinker, "slow", options=SamplingOptions(max_tokens=_thinker.MAX_TOKENS["slow"]))
+    from questions import CALCULATOR, left, make_tool_chat  # _thinker.questions has put the folder on the path
+
     right: dict[str, list[bool]] = defaultdict(list)
     for mode in ("fast", "slow"):
         for q, answer in zip(asked, router.generate(chats, mode=mode, progress=False), strict=True):
@@ -59,8 +42,6 @@ def main() -> None:
             right[f"{kind}_{mode}"].append(good)
             if (count := left(kind, q.question)) is not None:
                 right[f"{kind}_left_{count}_{mode}"].append(good)
-    from questions import CALCULATOR, make_tool_chat  # _thinker.questions has put the folder on the path
-
     rng = random.Random(arguments.seed)
     tools = [make_tool_chat(rng) for _ in range(20 if arguments.quick else 200)]
     how = {"mode": "fast", "template": {"tools": [CALCULATOR]}, "progress": False}

@@ -54,12 +54,13 @@ def one_step_candidate(
     if d.shape != (len(rows),):
         raise InvalidInputError(f"{len(rows)} rows have difficulties of shape {d.shape}.")
     settings = {"kind": "one-step", **(policy or {}), "tau": float(tau), "give_up": give_up}
-    slow = _slow(d, tau, give_up)
+    slow = slow_rows(d, tau, give_up)
     found = Modes.of(rows).chosen(slow)
     return Candidate(found.right, found.tokens, slow, settings)
 
 
-def _slow(d: Floats, tau: float, give_up: float | None) -> Floats:
+def slow_rows(d: Floats, tau: float, give_up: float | None) -> Floats:
+    """``[n]``: 1 where the one-step policy thinks, above ``tau`` and up to ``give_up``, else 0."""
     return ((d > tau) & (d <= (np.inf if give_up is None else give_up))).astype(np.float64)
 
 
@@ -97,7 +98,7 @@ def one_step_grid(difficulty: Any, rows: Sequence[LabelRow], k: int = 20) -> lis
     for tau in quantile_thresholds(d, 2 * k):
         for give_up in ends:
             if give_up is None or give_up > tau:
-                c = modes.chosen(_slow(d, tau, give_up))
+                c = modes.chosen(slow_rows(d, tau, give_up))
                 found.append((c.mean_tokens, modes.slow.accuracy - c.accuracy, tau, give_up))
     best: list[tuple[float, float, float, float | None]] = []
     for pair in sorted(found, key=lambda f: (f[0], f[1], f[2], f[3] is not None)):  # fewest tokens first

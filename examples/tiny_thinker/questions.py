@@ -17,6 +17,7 @@ import argparse
 import hashlib
 import json
 import random
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -96,6 +97,20 @@ def make_tool_chat(rng: random.Random) -> tuple[list[dict[str, Any]], str]:
         {"role": "assistant", "content": f"it gives {result}."},
     ]
     return chat, result
+
+
+def left(kind: str, question: str) -> int | None:
+    """Steps of a ``run`` behind the last that sets a register, arrows of a ``map`` to follow; None for other kinds."""
+    if kind == "run":
+        steps = question.split(";")[1:]
+        return len(steps) - 1 - max(i for i, step in enumerate(steps) if "=" in step)
+    if kind == "map":
+        arrows = dict(re.findall(r"(\w)>([a-z]?)", question))
+        at, count = question.split(" from ")[-1], 0
+        while at := arrows[at]:
+            count += 1
+        return count
+    return None
 
 
 def _worked(

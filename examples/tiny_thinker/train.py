@@ -60,7 +60,7 @@ KINDS = {"run": 0.46, "map": 0.4, "top": 0.1, "draw": 0.04}
 """Kinds of the questions that are trained on."""
 STEPS = 1500
 EXERCISES = 180
-"""So many steps, the first, are of exercises in copying: who has not learned it learns no look-up."""
+"""So many steps, the first, are of exercises in copying, which every look-up is made of."""
 CORES = 2
 """A batch is worked on in so many parts, side by side."""
 RATE = 0.006
@@ -121,8 +121,8 @@ def build_tokenizer(seed: int) -> PreTrainedTokenizerFast:
 def build_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> Qwen3ForCausalLM:
     """A fresh model.
 
-    RoPE's base is small because texts are short: with the usual 10,000 it finds the token before hardly better than
-    others near by, and learned no look-up in so many steps.
+    RoPE's base is small because texts are short: neighbours differ more in their angles, and look-ups have to tell them
+    apart.
     """
     torch.manual_seed(seed)
     model = Qwen3ForCausalLM(

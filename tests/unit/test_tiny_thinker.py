@@ -90,10 +90,7 @@ def test_length_says_little(tokenizer: Any) -> None:
     rng = random.Random(8)
     drawn = [made.make_question(rng, "run") for _ in range(2000)]
     lengths = [len(tokenizer(q.question)["input_ids"]) for q in drawn]
-    hard = []
-    for q in drawn:
-        steps = q.question.split(";")[1:]
-        hard.append(len(steps) - 1 - max(i for i, s in enumerate(steps) if "=" in s) >= 2)
+    hard = [(made.left("run", q.question) or 0) >= 2 for q in drawn]
     assert 0.4 < roc_auc_score(hard, lengths) < 0.65
 
 
