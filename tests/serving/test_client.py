@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import socket
 import subprocess
 import sys
@@ -20,9 +19,9 @@ from kvroute import CancelToken, TokenIds, TransformersEngine
 from kvroute.errors import ConnectorMissingError, InvalidInputError, ModelMismatchError, ServerUnreachableError
 from kvroute.models import bundled_path
 from kvroute.serving.client import VLLMClient
+from tests.serving.processes import ROOT, environment
 
 pytestmark = pytest.mark.vllm
-ROOT = Path(__file__).parents[2]
 TEXTS = ["The capital of France is", "One, two, three, four,", "Water boils at"]
 CHAT = [{"role": "user", "content": "Name a colour."}]
 CONNECTOR = {
@@ -48,14 +47,8 @@ def start(log: Path, *, connector: bool) -> Server:
     command += ["--served-model-name", "smol", "--host", "127.0.0.1", "--port", str(port), "--enforce-eager"]
     command += ["--max-model-len", "512", "--dtype", "float32", "--max-num-seqs", "8"]
     command += ["--kv-transfer-config", json.dumps(CONNECTOR)] if connector else []
-    environment = {
-        **os.environ,
-        "VLLM_CPU_KVCACHE_SPACE": "1",
-        "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}",
-        "VLLM_NO_USAGE_STATS": "1",
-    }
     with log.open("wb") as out:
-        process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=out, stderr=subprocess.STDOUT)
+        process = subprocess.Popen(command, cwd=ROOT, env=environment(), stdout=out, stderr=subprocess.STDOUT)
     url = f"http://127.0.0.1:{port}"
     end = time.monotonic() + 240
     while time.monotonic() < end and process.poll() is None:

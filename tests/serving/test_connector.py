@@ -6,9 +6,6 @@ Every request's tokens are run through transformers alone, in one piece, and poo
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -21,9 +18,9 @@ from kvroute.models import bundled_path
 from kvroute.pooling import PRESETS, pool
 from kvroute.token_weights import FrequencyTable
 from kvroute_kernels import KVView
+from tests.serving.processes import run_module
 
 pytestmark = pytest.mark.vllm
-ROOT = Path(__file__).parents[2]
 PROMPTS = [[(7 * i * i + 3 * i + n) % 4000 + 100 for i in range(size)] for n, size in enumerate((300, 33, 140, 5))]
 FEATURES = [*(f"{of}:{p}" for of in ("prompt", "answer") for p in PRESETS if p != "fast"), "kv-coe", "length"]
 
@@ -73,22 +70,8 @@ def alone() -> Alone:
 
 def serve(folder: Path, engine: dict, jobs: list[dict]) -> list[list[dict]]:
     out = folder / "out.json"
-    command = [sys.executable, "-m", "tests.serving.run_connector", str(bundled_path("smollm2")), str(out)]
-    environment = {
-        **os.environ,
-        "VLLM_CPU_KVCACHE_SPACE": "1",
-        "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}",
-        "VLLM_NO_USAGE_STATS": "1",
-    }
-    run = subprocess.run(  # noqa: PLW1510 - the output is shown first
-        [*command, json.dumps({"engine": engine, "jobs": jobs})],
-        cwd=ROOT,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=400,
-    )
-    assert run.returncode == 0, run.stdout[-2000:] + run.stderr[-4000:]
+    job = json.dumps({"engine": engine, "jobs": jobs})
+    run_module("tests.serving.run_connector", str(bundled_path("smollm2")), str(out), job)
     return json.loads(out.read_text())
 
 

@@ -7,9 +7,6 @@ their sizes are those that vLLM's CPU attention takes (head sizes from 32, MLA o
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -18,9 +15,9 @@ import transformers
 
 from kvroute.serving.cpu_layout import PartStrides, find_area
 from kvroute.serving.vllm_facts import cpu_writer
+from tests.serving.processes import run_module
 
 pytestmark = pytest.mark.vllm
-ROOT = Path(__file__).parents[2]
 
 _COMMON = {
     "vocab_size": 320,
@@ -102,17 +99,7 @@ def build(name: str, folder: Path, dtype: torch.dtype) -> torch.nn.Module:
 def test_pages_hold_what_transformers_keeps(tmp_path, name, dtype, engine):
     model = build(name, tmp_path / "model", dtype)
     job = {"prompts": PROMPTS, "max_tokens": 4, "engine": engine | {"dtype": str(dtype).removeprefix("torch.")}}
-    command = [sys.executable, "-m", "tests.serving.read_caches", str(tmp_path / "model"), str(tmp_path / "read.pt")]
-    environment = {
-        **os.environ,
-        "VLLM_CPU_KVCACHE_SPACE": "1",
-        "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}",
-        "VLLM_NO_USAGE_STATS": "1",
-    }
-    run = subprocess.run(  # noqa: PLW1510 - the output is shown first
-        [*command, json.dumps(job)], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=400
-    )
-    assert run.returncode == 0, run.stdout[-2000:] + run.stderr[-4000:]
+    run_module("tests.serving.read_caches", str(tmp_path / "model"), str(tmp_path / "read.pt"), json.dumps(job))
     saved = torch.load(tmp_path / "read.pt", weights_only=True)
     windows = [p["window"] for p in saved["pages"]]
     assert windows == ([40, None, 40, 40] if name == "gemma3" else [None] * 4)
