@@ -65,6 +65,9 @@ class Ask(_Spec):
     """Decide, say so, and change nothing."""
     confidence: str | None = None
     """Name of the head that says how likely the answer is right."""
+    answer_from: int | None = Field(default=None, ge=1, strict=True)
+    """The prompt holds an answer that exists already, all of it but its last token, from this token on: what is read of
+    an answer is read there, and what is read of the prompt, before it."""
 
     @cached_property
     def plan(self) -> FeaturePlan:
@@ -138,6 +141,8 @@ def _check_decision(ask: Ask, config: ServingConfig) -> None:
             f"The head {ask.confidence!r} reads a difficulty, not whether an answer is right.",
             hint="It belongs to a policy: name that one.",
         )
+    if ask.answer_from is not None and (ask.policy is not None or ask.mode is not None):
+        raise AskError("An answer that exists needs no decision.", hint="Drop 'policy' and 'mode', or 'answer_from'.")
     if ask.shadow and ask.policy is None:
         raise AskError("A shadow is of a policy's decision, and no policy is named.", hint="Add 'policy': 'name'.")
     if ask.shadow and ask.mode is not None:

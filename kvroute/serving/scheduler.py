@@ -40,13 +40,14 @@ _OFF = "kvroute turned its features off after repeated faults; the server's log 
 
 @dataclass(slots=True)
 class _Request:
-    """What is known of a running request."""
+    """What is known of a running request; ``given`` tokens behind its prompt are an answer that came with it."""
 
     prompt_len: int
     plan: FeaturePlan | None
     tokens: Sequence[int]
     body: dict[str, Any] | None = None
     error: str | None = None
+    given: int = 0
     sent: bool = False
     pooled: bool = False
     fed: int = 0
@@ -103,6 +104,7 @@ class SchedulerSide:
             tokens: all its tokens, prompt first; a live list of the engine's.
         """
         length = prompt if isinstance(prompt, int) else len(prompt)
+        given = 0
         try:
             ask = read_ask(params, self._config)
             if ask is None:
@@ -112,7 +114,11 @@ class SchedulerSide:
                     "This server reads features; it does not decide how to think.",
                     hint="Drop 'policy', 'mode', 'shadow' and 'confidence'.",
                 )
-            state = _Request(length, ask.plan, tokens, body=ask.to_dict(), error=self.off)
+            if ask.answer_from is not None:
+                if ask.answer_from > length:
+                    raise AskError(f"'answer_from' is {ask.answer_from}, and the prompt has {length} tokens.")
+                given, length = length - ask.answer_from, ask.answer_from
+            state = _Request(length, ask.plan, tokens, body=ask.to_dict(), error=self.off, given=given)
         except Exception as error:  # noqa: BLE001 - the engine must not see it
             state = _Request(length, None, (), error=public_text(error))
             if not isinstance(error, KVRouteError):
@@ -169,6 +175,7 @@ class SchedulerSide:
         state = self._running.pop(request, None)
         if state is None:
             return None
+        answer += state.given
         if state.sent:
             self._gone.append(request)
         box = Result(tokens=Tokens(state.prompt_len, answer), error=state.error).to_dict()
@@ -204,14 +211,15 @@ class SchedulerSide:
         return entry
 
     def _weights(self, state: _Request, prompt: bool, low: int, high: int) -> dict[float, Array]:
-        """SIF weights: of a prompt, or of answer tokens. Both are never due in one step but after a preemption."""
+        """SIF weights: of answer tokens, or of a prompt and of the answer tokens that came in the same step."""
         assert state.plan is not None
-        wanted = {s.sif_a for of, s in state.plan.pooled.values() if s.weights == "sif" and (of == "prompt") == prompt}
+        due = ({"prompt"} if prompt else set()) | ({"answer"} if high > max(state.fed, state.prompt_len) else set())
+        wanted = {s.sif_a for of, s in state.plan.pooled.values() if s.weights == "sif" and of in due}
         if not wanted:
             return {}
         if self._sif is None:
             raise InvalidInputError("This server has no tokenizer, so no frequencies for weights='sif'.")
-        low, high = (0, state.prompt_len) if prompt else (low, high)
+        low, high = (0, max(state.prompt_len, high)) if prompt else (low, high)
         ids = np.asarray(state.tokens[low:high], dtype=np.int64)
         if len(ids) < high - low or (ids < 0).any():
             raise InvalidInputError("The engine schedules ahead of its tokens, so weights='sif' has no token to weigh.")

@@ -222,7 +222,7 @@ class WorkerSide:
                 spec,
                 num_layers=self._num_layers,
                 stop=[requests[i].prompt_len for i in rows],
-                sif_weights=[torch.from_numpy(requests[i].weights[spec.sif_a]) for i in rows]
+                sif_weights=[torch.from_numpy(requests[i].weights[spec.sif_a][: requests[i].prompt_len]) for i in rows]
                 if spec.weights == "sif"
                 else None,
             )
@@ -381,9 +381,10 @@ def _norms_joined(a: Norms, b: Norms) -> Norms:
 
 
 def _sif(request: StepRequest, a: float) -> Array:
-    """Weights of the tokens ``low - window..high``; of a request that does not ask for them, zeros."""
+    """Weights of the tokens ``low - window..high``, which come last; of a request that does not ask for them, zeros."""
+    size = request.high - request.low + request.window
     found = request.weights.get(a)
-    return np.zeros(request.high - request.low + request.window, np.float32) if found is None else found
+    return np.zeros(size, np.float32) if found is None else found[len(found) - size :]
 
 
 def _square(x: Tensor) -> Tensor:

@@ -223,6 +223,8 @@ def test_contradictions(config: ServingConfig) -> None:
         ask({"policy": "support", "mode": "fast", "shadow": True}, config)
     with pytest.raises(AskError, match="reads a difficulty"):
         ask({"confidence": "hard"}, config)
+    with pytest.raises(AskError, match="needs no decision"):
+        ask({"answer_from": 4, "mode": "fast"}, config)
 
 
 def test_the_model_limits_the_features(config: ServingConfig) -> None:

@@ -82,6 +82,26 @@ def test_an_answer_of_one_token_has_the_prompts_features_and_reasons_for_the_res
     assert any(fault.startswith("a1: The answer has no token") for fault in engine.boxes["a"]["faults"])
 
 
+def test_an_answer_that_exists_is_read_within_the_prompt():
+    engine = Engine(max_features=16)
+    for name, cached in (("a", 0), ("b", 8)):
+        engine.add(name, 12, 12, SPECS)
+        cache, ids, _ = engine.data[name]
+        engine.side.on_request(name, {"kvroute": {"features": SPECS, "answer_from": 7}}, 12, ids)
+        if cached:  # of the whole prompt but its last block, the answer's beginning included
+            engine.share("b", "a", cached // BLOCK)
+        else:
+            engine.step(("a", 0, 9))
+        engine.step((name, cached or 9, 12 - (cached or 9)), end=(name,))
+        assert engine.boxes[name]["tokens"] == {"prompt": 7, "answer": 6, "thought": None}
+        engine.data[name] = (cache, ids, 7)
+        check(engine, name)
+    engine.side.on_request("c", {"kvroute": {"features": SPECS, "answer_from": 13}}, 12, ())
+    assert "answer_from" in engine.side.finished("c")["error"]
+    engine.step()
+    assert engine.states == 0
+
+
 def test_an_abort_leaves_nothing_and_slots_are_clean_for_the_next():
     engine = Engine(max_features=16)
     for round_ in range(40):
