@@ -97,7 +97,17 @@ _DIGESTED = (
 )
 _FUSED = {"qkv_proj.weight": "q_proj.weight"}
 """Where an engine fuses matrices by rows, the first rows are still those of the first one."""
-_ROWS, _COLUMNS = 256, 64
+DIGEST_ROWS, DIGEST_COLUMNS = 256, 64
+"""The corner of a matrix that the digest reads."""
+
+
+def is_digested(name: str) -> bool:
+    """Whether the digest may read a weight of that name."""
+    return _ending(name) is not None
+
+
+def _ending(name: str) -> str | None:
+    return next((e for e in _DIGESTED if name.endswith("." + e) or name == e), None)
 
 
 def sign_digest(parameters: Iterable[tuple[str, Tensor]]) -> str:
@@ -117,7 +127,7 @@ def sign_digest(parameters: Iterable[tuple[str, Tensor]]) -> str:
     """
     found: dict[str, dict[int, Tensor]] = {}
     for name, tensor in parameters:
-        ending = next((e for e in _DIGESTED if name.endswith("." + e) or name == e), None)
+        ending = _ending(name)
         if ending is None or tensor.ndim != 2 or not tensor.is_floating_point():
             continue
         numbers = [int(p) for p in name.split(".") if p.isdigit()]
@@ -127,8 +137,8 @@ def sign_digest(parameters: Iterable[tuple[str, Tensor]]) -> str:
         layers = sorted(found[ending])
         for place in sorted({0, len(layers) // 2, len(layers) - 1}):
             tensor = found[ending][layers[place]]
-            rows = _COLUMNS if ending == "q_proj.weight" else _ROWS
-            signs = torch.signbit(tensor.detach()[:rows, :_COLUMNS].cpu()).to(torch.uint8)
+            rows = DIGEST_COLUMNS if ending == "q_proj.weight" else DIGEST_ROWS
+            signs = torch.signbit(tensor.detach()[:rows, :DIGEST_COLUMNS].cpu()).to(torch.uint8)
             digest.update(f"{ending}:{layers[place]}:{list(signs.shape)}".encode())
             digest.update(signs.contiguous().numpy().tobytes())
     return digest.hexdigest()[:16]

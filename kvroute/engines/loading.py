@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -60,8 +61,15 @@ def load_model(
 
 
 @torch.inference_mode()
-def describe(model: Any, *, name: str | None, revision: str | None) -> ModelInfo:
+def describe(
+    model: Any, *, name: str | None, revision: str | None, weights: Iterable[tuple[str, torch.Tensor]] | None = None
+) -> ModelInfo:
     """What a model is; runs one token through it to see the sizes of its keys and values.
+
+    Args:
+        model: a transformers causal model.
+        name, revision: what to call it; by default what its config says.
+        weights: names and tensors for the fingerprint, where the model itself holds none; by default its parameters.
 
     Raises:
         UnsupportedModelError: it keeps no KV cache that can be read.
@@ -113,6 +121,6 @@ def describe(model: Any, *, name: str | None, revision: str | None) -> ModelInfo
         model_layers=int(text.num_hidden_layers),
         rope=canonical_rope(text.to_dict()),
         quantization=str(quantization["quant_method"]) if quantization else None,
-        weights_digest=sign_digest(model.named_parameters()),
+        weights_digest=sign_digest(model.named_parameters() if weights is None else weights),
         dtype=str(model.dtype).removeprefix("torch."),
     )
