@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import logging
+import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorBase_V1,
@@ -13,11 +16,13 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorWorkerMetadata,
     SupportsHMA,
 )
+from vllm.distributed.kv_transfer.kv_connector.v1.metrics import KVConnectorPromMetrics, KVConnectorStats
 
 from kvroute.serving.asks import KEY
 from kvroute.serving.config import ServingConfig
 from kvroute.serving.layouts import layer_pages
 from kvroute.serving.messages import Array, StepMeta, StepResults
+from kvroute.serving.metrics import KVRouteMetrics, KVRouteStats
 from kvroute.serving.scheduler import SchedulerSide
 from kvroute.serving.vllm_facts import cache_facts, cpu_writer
 from kvroute.serving.worker import WorkerSide
@@ -27,6 +32,7 @@ if TYPE_CHECKING:
     import torch
 
 _log = logging.getLogger(__name__)
+_T = TypeVar("_T")
 
 
 @dataclass
@@ -46,6 +52,21 @@ class StepAnswer(KVConnectorWorkerMetadata):  # type: ignore[misc]
         """With the next rank's."""
         assert isinstance(other, StepAnswer)
         return StepAnswer(self.results.merge(other.results))
+
+
+def _timed(hook: Callable[..., _T]) -> Callable[..., _T]:
+    """A hook of the scheduler's side whose time is counted."""
+
+    @functools.wraps(hook)
+    def timed(self: KVRouteConnector, *args: Any, **kwargs: Any) -> _T:
+        began = time.perf_counter()
+        try:
+            return hook(self, *args, **kwargs)
+        finally:
+            if self._scheduler is not None:
+                self._scheduler.tally.spent("scheduler", time.perf_counter() - began)
+
+    return timed
 
 
 class KVRouteConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
@@ -93,6 +114,22 @@ class KVRouteConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         results = None if self._worker is None else self._worker.results()
         return None if results is None else StepAnswer(results)
 
+    # ------------------------------------------------------------------ statistics
+
+    def get_kv_connector_stats(self) -> KVConnectorStats | None:
+        payload = None if self._scheduler is None else self._scheduler.tally.take()
+        return None if payload is None else KVRouteStats(data=payload)
+
+    @classmethod
+    def build_kv_connector_stats(cls, data: dict[str, Any] | None = None) -> KVConnectorStats | None:
+        return KVRouteStats(data={} if data is None else data)
+
+    @classmethod
+    def build_prom_metrics(
+        cls, vllm_config: Any, metric_types: Any, labelnames: list[str], per_engine_labelvalues: dict[int, list[object]]
+    ) -> KVConnectorPromMetrics:
+        return KVRouteMetrics(vllm_config, metric_types, labelnames, per_engine_labelvalues)
+
     def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
         """Nothing is loaded."""
 
@@ -109,6 +146,7 @@ class KVRouteConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         """Nobody waits for blocks of ours."""
         return False
 
+    @_timed
     def on_new_request(self, request: Any) -> None:
         if self._scheduler is not None:
             params = request.kv_transfer_params
@@ -122,6 +160,7 @@ class KVRouteConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
     def update_state_after_alloc(self, request: Any, blocks: Any, num_external_tokens: int) -> None:
         """Nothing was loaded."""
 
+    @_timed
     def build_connector_meta(self, scheduler_output: Any) -> KVConnectorMetadata:
         side = self._scheduler
         if side is None:
@@ -140,6 +179,7 @@ class KVRouteConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
             _log.exception("kvroute could not read the engine's schedule.")
         return StepMessage(side.step(scheduled))
 
+    @_timed
     def update_connector_output(self, connector_output: Any) -> None:
         if self._scheduler is not None:
             answer = connector_output.kv_connector_worker_meta
@@ -151,6 +191,7 @@ class KVRouteConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         box = self._scheduler.finished(request.request_id, int(request.num_output_tokens))
         return False, None if box is None else {KEY: box}
 
+    @_timed
     def request_finished_all_groups(self, request: Any, block_ids: Any) -> tuple[bool, dict[str, Any] | None]:
         return self.request_finished(request, block_ids)
 

@@ -32,6 +32,7 @@ from kvroute.serving.answers import Result, Tokens, public_text
 from kvroute.serving.asks import read_ask
 from kvroute.serving.config import ServingConfig
 from kvroute.serving.messages import Array, Norms, StepMeta, StepRequest, StepResults, Sums
+from kvroute.serving.tally import Tally
 from kvroute.serving.worker import feature_key, window_of
 
 _log = logging.getLogger(__name__)
@@ -84,6 +85,8 @@ class SchedulerSide:
         self._sif = sif
         self.off = off
         self.faults = 0
+        self.tally = Tally()
+        self.tally.features_off(off is not None)
         self._in_a_row = 0
         self._running: dict[str, _Request] = {}
         self._closing: dict[str, tuple[_Request, dict[str, Any], int]] = {}
@@ -119,10 +122,12 @@ class SchedulerSide:
                     raise AskError(f"'answer_from' is {ask.answer_from}, and the prompt has {length} tokens.")
                 given, length = length - ask.answer_from, ask.answer_from
             state = _Request(length, ask.plan, tokens, body=ask.to_dict(), error=self.off, given=given)
+            self.tally.asked(ask)
         except Exception as error:  # noqa: BLE001 - the engine must not see it
             state = _Request(length, None, (), error=public_text(error))
+            self.tally.refused()
             if not isinstance(error, KVRouteError):
-                self._fault(error)
+                self._fault(error, "ask")
         self._running[request] = state
 
     def asked(self, request: str) -> bool:
@@ -149,7 +154,7 @@ class SchedulerSide:
                 entry = self._entry(request, state, start + count, blocks)
             except Exception as error:  # noqa: BLE001 - the engine must not see it
                 state.error = public_text(error)
-                self._fault(error)
+                self._fault(error, "schedule")
                 continue
             if entry is not None:
                 meta.requests.append(entry)
@@ -159,9 +164,10 @@ class SchedulerSide:
         """Take what the workers read (ranks merged) and fill the results of requests that ended in the step."""
         try:
             if results is not None:
+                self.tally.spent("worker", results.seconds)
                 self._take(results)
         except Exception as error:  # noqa: BLE001 - the engine must not see it
-            self._fault(error)
+            self._fault(error, "merge")
         for request in list(self._closing):
             self._fill(request)
 
@@ -230,7 +236,7 @@ class SchedulerSide:
             state = self._find(request)
             if state is not None and state.error is None:
                 state.error = why
-                self._fault(None)
+                self._fault(None, "reading")
         for key, sums in results.sums.items():
             self._take_sums(key, sums)
         if results.norms is not None:
@@ -272,9 +278,11 @@ class SchedulerSide:
             if state.error is None:
                 self._finish(state, result, answer)
             box.update(result.to_dict())
+            self.tally.answered(request, result, box, (state.body or {}).get("policy"))
         except Exception as error:  # noqa: BLE001 - the engine must not see it
             box.update(Result.failed(error, tokens).to_dict())
-            self._fault(error)
+            self._fault(error, "result")
+            self.tally.failed(request, box)
 
     def _finish(self, state: _Request, result: Result, answer: int) -> None:
         assert state.plan is not None
@@ -291,19 +299,21 @@ class SchedulerSide:
                 result.features[name] = vector
             else:
                 result.faults.append(f"{name}: The cache holds values that are not finite.")
-                self._fault(None)
+                self._fault(None, "not finite")
         if state.plan.chain is not None:
             result.scores |= chain_results(state.steps, state.ends)
         if state.plan.length:
             result.scores["length"] = Score(float(answer))
 
-    def _fault(self, error: Exception | None) -> None:
+    def _fault(self, error: Exception | None, kind: str) -> None:
         self.faults += 1
+        self.tally.fault(kind)
         self._in_a_row += 1
         if error is not None and self.faults <= 5:
             _log.warning("kvroute failed.", exc_info=error)
         if self._in_a_row >= self._config.faults_before_off and self.off is None:
             self.off = _OFF
+            self.tally.features_off(True)
             _log.error("%s", _OFF)
 
 
