@@ -20,6 +20,7 @@ from kvroute.thinking import Layout, Mode
 if TYPE_CHECKING:
     from kvroute.engines.base import Engine
     from kvroute.engines.steering import SteeredSession, Vectors
+    from kvroute.policy import Policy
     from kvroute.router import Router
 
 logger = logging.getLogger(__name__)
@@ -49,6 +50,70 @@ class Request:
     closed: bool = False
     seen: int = 0  # tokens that were searched for the closing mark
     looked: int = 0  # checkpoints that are behind it
+
+    def follow(self, tokens: Sequence[int], mark: ClosingMark) -> None:
+        """See whether the thought is over by now.
+
+        Args:
+            tokens: all that were written behind the mode's.
+            mark: what ends a thought.
+        """
+        for end in range(self.seen + 1, len(tokens) + 1):
+            if self.closed:
+                break
+            self.closed = mark.ends(tokens[max(0, end - mark.width) : end])
+        self.seen = len(tokens)
+
+    @property
+    def may_switch(self) -> bool:
+        """Whether a checkpoint could still change anything."""
+        decision = self.decision
+        if decision.why == "forced" or decision.switch is not None or decision.fault is not None:
+            return False
+        return self.mode != "slow" or not self.closed
+
+    def is_checkpoint(self, held: int, every: int) -> bool:
+        """Whether a look is due with ``held`` tokens behind the mode's in the cache, and was not taken yet."""
+        return held % every == 0 and held // every > self.looked
+
+    def observe(
+        self, policy: Policy, written: int, difficulty: float, phrases: Mapping[Mode, Sequence[int]], room: int
+    ) -> Mode | None:
+        """Note a checkpoint's difficulty, and a switch where it asks for one.
+
+        Args:
+            policy: its thresholds.
+            written: tokens behind the mode's, the newest included.
+            difficulty: read of all but the newest, in [0, 100].
+            phrases: the tokens that enter a mode.
+            room: tokens the answer may still have.
+
+        Returns:
+            the mode to be entered now, or None.
+        """
+        self.decision.checkpoints.append((written - 1, difficulty))
+        found = switch_at(policy, self.mode, difficulty)
+        if found is None or not fits(phrases[found[0]], room):
+            return None
+        to, threshold = found
+        forced = 0 if policy.shadow else len(phrases[to])
+        self.decision.switch = Switch(to, written, difficulty, threshold, forced)
+        if policy.shadow:
+            return None
+        self.mode = to
+        return to
+
+
+def switch_at(policy: Policy, mode: Mode, difficulty: float) -> tuple[Mode, float] | None:
+    """The mode that a checkpoint's difficulty asks for and the threshold that decides, or None to go on in ``mode``."""
+    if mode == "slow":
+        return ("fast", policy.tau_fast) if difficulty < policy.tau_fast else None
+    return ("slow", policy.tau_slow) if difficulty > policy.tau_slow else None
+
+
+def fits(phrase: Sequence[int], room: int) -> bool:
+    """Whether a phrase and some answer behind it fit in ``room`` tokens."""
+    return len(phrase) + _ROOM <= room
 
 
 class RouteSteer:
@@ -147,48 +212,21 @@ class RouteSteering:
     def _due(self, session: SteeredSession, row: int) -> bool:
         request = self.requests[row]
         tokens = session.tokens_of(row)
-        self._follow(request, tokens)
-        decision = request.decision
-        if decision.why == "forced" or decision.switch is not None or decision.fault is not None:
-            return False
-        if request.mode == "slow" and request.closed:
-            return False
+        request.follow(tokens, self.router.closing)
         # The token that was just chosen has no keys and values yet: the look covers those before it.
         held = len(tokens) - 1
-        if held // self.policy.every <= request.looked or held % self.policy.every:
+        if not request.may_switch or not request.is_checkpoint(held, self.policy.every):
             return False
         request.looked = held // self.policy.every
         return True
 
-    def _follow(self, request: Request, tokens: Sequence[int]) -> None:
-        mark = self.router.closing
-        for end in range(request.seen + 1, len(tokens) + 1):
-            if request.closed:
-                break
-            request.closed = mark.ends(tokens[max(0, end - mark.width) : end])
-        request.seen = len(tokens)
-
     def _look(self, session: SteeredSession, row: int, difficulty: float) -> Sequence[int] | None:
-        request, policy = self.requests[row], self.policy
-        tokens = session.tokens_of(row)
-        decision = request.decision
-        decision.checkpoints.append((len(tokens) - 1, difficulty))
-        to: Mode
-        if request.mode == "slow":
-            to, threshold, wanted = "fast", policy.tau_fast, difficulty < policy.tau_fast
-        else:
-            to, threshold, wanted = "slow", policy.tau_slow, difficulty > policy.tau_slow
-        if not wanted:
-            return None
-        phrase = self.router.phrases[to]
-        if session.room(row) < len(phrase) + _ROOM:
-            return None
-        decision.switch = Switch(to, len(tokens), difficulty, threshold, 0 if policy.shadow else len(phrase))
-        if policy.shadow:
+        written, phrases = len(session.tokens_of(row)), self.router.phrases
+        to = self.requests[row].observe(self.policy, written, difficulty, phrases, session.room(row))
+        if to is None:
             return None
         self.router.note_switch()
-        request.mode = to
-        return phrase
+        return phrases[to]
 
 
 class ClosingMark:
