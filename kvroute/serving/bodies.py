@@ -27,11 +27,13 @@ class Call:
         prompts: in it.
         each: samples of each prompt (``n``).
         beams: whether it is a beam search, of which vLLM tells connectors nothing.
+        given: whether the prompt ends with an answer, whose tokens are counted with those that are written.
     """
 
     prompts: int = 1
     each: int = 1
     beams: bool = False
+    given: bool = False
 
     @property
     def choices(self) -> list[tuple[int, int]]:
@@ -66,6 +68,7 @@ def read_call(body: bytes, kind: Kind, *, always: bool) -> Call | None:
         prompts=_prompts(request.get("prompt")) if kind == "completion" else 1,
         each=each if type(each) is int and each > 0 else 1,
         beams=bool(request.get("use_beam_search")),
+        given=isinstance(asked, dict) and asked.get("answer_from") is not None,
     )
 
 
@@ -112,6 +115,7 @@ def with_results(
     params = dict(params) if isinstance(params, dict) else {}
     own = params.get(KEY)
     several = len(call.choices) > 1
+    known = not several and not call.given
     found: list[dict[str, Any]] = []
     for index, place in enumerate(call.choices):
         result = results.get(place)
@@ -119,19 +123,19 @@ def with_results(
             result = own  # vLLM brought it itself
         result = Result(error=why).to_dict() if result is None else dict(result)
         if index in stopped and isinstance(result.get("tokens"), dict):
-            result["tokens"] = {**result["tokens"], "behind_stop": _behind(body, result["tokens"], several)}
+            result["tokens"] = {**result["tokens"], "behind_stop": _behind(body, result["tokens"], known)}
         found.append(result)
     params[KEY] = {**found[0], CHOICES: found} if several else found[0]
     body["kv_transfer_params"] = params
     return body
 
 
-def _behind(body: Mapping[str, Any], tokens: Mapping[str, Any], several: bool) -> int | None:
+def _behind(body: Mapping[str, Any], tokens: Mapping[str, Any], known: bool) -> int | None:
     """Tokens of an answer behind its stop string; None where they can't be told apart."""
     usage = body.get("usage")
     written = usage.get("completion_tokens") if isinstance(usage, dict) else None
     answer = tokens.get("answer")
-    if several or not isinstance(written, int) or not isinstance(answer, int):
+    if not known or not isinstance(written, int) or not isinstance(answer, int):
         return None
     return max(0, answer - written)
 

@@ -188,7 +188,8 @@ class KVRouteConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
     def request_finished(self, request: Any, block_ids: Any) -> tuple[bool, dict[str, Any] | None]:  # noqa: ARG002
         if self._scheduler is None:
             return False, None
-        box = self._scheduler.finished(request.request_id, int(request.num_output_tokens))
+        aborted = request.status.name == "FINISHED_ABORTED"
+        box = self._scheduler.finished(request.request_id, int(request.num_output_tokens), aborted=aborted)
         return False, None if box is None else {KEY: box}
 
     @_timed

@@ -171,12 +171,13 @@ class SchedulerSide:
         for request in list(self._closing):
             self._fill(request)
 
-    def finished(self, request: str, answer: int = 0) -> dict[str, Any] | None:
+    def finished(self, request: str, answer: int = 0, *, aborted: bool = False) -> dict[str, Any] | None:
         """A request ended (or was aborted): its result, filled as soon as the workers' numbers are there.
 
         Args:
             request: the engine's id.
             answer: tokens it wrote.
+            aborted: it was ended from outside, as by a stop string; the step in flight counts no more.
         """
         state = self._running.pop(request, None)
         if state is None:
@@ -186,6 +187,8 @@ class SchedulerSide:
             self._gone.append(request)
         box = Result(tokens=Tokens(state.prompt_len, answer), error=state.error).to_dict()
         self._closing[request] = (state, box, answer)
+        if aborted:
+            self._fill(request)
         return box
 
     # ------------------------------------------------------------------ inside
