@@ -39,7 +39,6 @@ _PARTIAL: Final = (
     "Start the server with --api-server-count 1."
 )
 _BEAMS: Final = "vLLM tells connectors nothing of a beam search."
-_LATE: Final = f"No result came within {_SECONDS:g} seconds."
 
 
 class KVRouteMiddleware:
@@ -193,7 +192,7 @@ class _Exchange:
         brought = len(self._call.choices) == 1 and isinstance(params, dict) and isinstance(params.get(KEY), dict)
         why = _BEAMS if self._call.beams else "" if self._mailbox.connected else _NO_STATS
         if not why and not brought and not await self._slot.wait(self._seconds):
-            why = _PARTIAL if self._mailbox.partial else _LATE
+            why = _PARTIAL if self._mailbox.partial else f"No result came within {self._seconds:g} seconds."
         return with_results(body, self._call, self._slot.results, why, stopped)
 
 
