@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal, Self
 from pydantic import Field, StrictBool
 
 from kvroute.errors import AskError, SpecError
-from kvroute.features import AnswerPooling, FeaturePlan, FeatureRequest, plan_features
+from kvroute.features import AnswerPooling, FeaturePlan, FeatureRequest, Of, plan_features
 from kvroute.pooling import PRESETS, PoolingSpec, _Spec
 from kvroute.serving.catalog import shown, suggestion
 from kvroute.thinking import Mode
@@ -28,6 +28,9 @@ KEY: Final = "kvroute"
 """Our key in ``kv_transfer_params``; those of other connectors are not looked at."""
 FEATURES: Final = ("kv-coe", "length", *(f"{of}:{preset}" for of in ("prompt", "answer") for preset in PRESETS))
 """Features by name. ``logits`` is none of them: a server gives log-probabilities itself."""
+
+CONFIDENCE: Final = "/confidence"
+"""Name of the vector that a confidence is read from; no feature of a request's can have it."""
 
 _DEPTH: Final = 4  # ask, features, spec, layers
 _TEXT: Final = 64
@@ -91,6 +94,18 @@ class Ask(_Spec):
     def from_dict(cls, body: dict[str, Any]) -> Self:
         """What :meth:`to_dict` gave."""
         return cls.model_validate(body)
+
+
+def vectors_of(ask: Ask, config: ServingConfig) -> dict[str, tuple[Of, PoolingSpec]]:
+    """The pooled vectors that an ask needs, by name: its features and, under :data:`CONFIDENCE`, its head's.
+
+    Raises:
+        AskError: the head is off.
+    """
+    vectors = dict(ask.plan.pooled)
+    if ask.confidence is not None:
+        vectors[CONFIDENCE] = ("answer", config.catalog.head(ask.confidence).spec)
+    return vectors
 
 
 def read_ask(kv_transfer_params: object, config: ServingConfig) -> Ask | None:

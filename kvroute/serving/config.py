@@ -12,6 +12,7 @@ from kvroute.errors import AskError, InvalidInputError
 from kvroute.pooling import _Spec
 from kvroute.serving.asks import Ask, read_ask
 from kvroute.serving.catalog import Catalog, shown, suggestion
+from kvroute.thinking import ThinkingMode
 
 if TYPE_CHECKING:
     from kvroute.info import ModelInfo
@@ -37,6 +38,8 @@ class ServingConfig(_Spec):
     """Folder of heads that requests name for their confidence: ``NAME/head.json``, as ``kvroute train`` writes them."""
     default: dict[str, Any] = Field(default_factory=dict)
     """The ask of requests that have none; empty for none. A request's ``{"kvroute": {}}`` asks nothing."""
+    thinking: ThinkingMode | None = None
+    """How the model thinks, where its chat template does not say: a :class:`~kvroute.ThinkingMode` in JSON."""
     strict: StrictBool = False
     """Don't start when a head or policy can't be used."""
     max_features: int = Field(default=8, ge=1, le=64, strict=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import logging
 import time
@@ -20,13 +21,14 @@ from vllm.distributed.kv_transfer.kv_connector.v1.metrics import KVConnectorProm
 
 from kvroute.serving.asks import KEY
 from kvroute.serving.config import ServingConfig
+from kvroute.serving.forcing import REQUEST_KEY
 from kvroute.serving.layouts import layer_pages
-from kvroute.serving.messages import Array, StepMeta, StepResults
+from kvroute.serving.messages import StepMeta, StepResults
 from kvroute.serving.metrics import KVRouteMetrics, KVRouteStats
 from kvroute.serving.scheduler import SchedulerSide
+from kvroute.serving.served_model import ServedModel
 from kvroute.serving.vllm_facts import cache_facts, cpu_writer
 from kvroute.serving.worker import WorkerSide
-from kvroute.token_weights import FrequencyTable
 
 if TYPE_CHECKING:
     import torch
@@ -70,11 +72,17 @@ def _timed(hook: Callable[..., _T]) -> Callable[..., _T]:
 
 
 class KVRouteConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
-    """Reads features and scores from the engine's paged cache. It moves no blocks and changes no token."""
+    """Reads features and scores from the engine's paged cache, and decides how hard requests think. It moves no blocks;
+    tokens are forced by :class:`kvroute.serving.logits_processor.ForcedTokens`, into requests that ask for it alone.
+    """
 
     def __init__(self, vllm_config: Any, role: KVConnectorRole, kv_cache_config: Any) -> None:
         super().__init__(vllm_config, role, kv_cache_config)
         config = ServingConfig.read(self._kv_transfer_config.kv_connector_extra_config or None)
+        model = ServedModel(vllm_config, kv_cache_config)
+        if config.policies is not None or config.heads is not None:
+            config = model.bind(config)
+        self._config = config
         self._worker: WorkerSide | None = None
         self._scheduler: SchedulerSide | None = None
         if role == KVConnectorRole.SCHEDULER:
@@ -84,14 +92,30 @@ class KVRouteConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
             if vllm_config.parallel_config.pipeline_parallel_size != 1:
                 off = "kvroute reads no features in a pipeline: a rank has only some of the layers."
             sizes = [group.kv_cache_spec.block_size for group in kv_cache_config.kv_cache_groups]
-            self._scheduler = SchedulerSide(config, sizes, _sif_table(vllm_config), off)
+            self._scheduler = SchedulerSide(
+                config,
+                sizes,
+                model.sif,
+                off,
+                thinking=lambda: model.thinking(config),
+                longest=int(vllm_config.model_config.max_model_len),
+                runs_ahead=bool(vllm_config.scheduler_config.async_scheduling),
+            )
 
     # ------------------------------------------------------------------ worker
 
     def register_kv_caches(self, kv_caches: dict[str, torch.Tensor]) -> None:
         """Raises UnsupportedLayoutError, which ends the start: a cache that can't be read is no server of ours."""
         facts = cache_facts(self._vllm_config, self._kv_cache_config)
-        self._worker = WorkerSide(layer_pages(facts, kv_caches, cpu_writer()))
+        writer = cpu_writer(self._vllm_config.cache_config.cache_dtype)
+        rank, gather = _ranks()
+        self._worker = WorkerSide(
+            layer_pages(facts, kv_caches, writer),
+            config=self._config,
+            gather=gather,
+            replicas=facts.replicas,
+            copy=rank % facts.replicas != 0,
+        )
 
     def _step(self) -> None:
         if self._worker is not None and self.has_connector_metadata():
@@ -149,10 +173,15 @@ class KVRouteConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
     @_timed
     def on_new_request(self, request: Any) -> None:
         if self._scheduler is not None:
-            params = request.kv_transfer_params
             self._scheduler.on_request(
-                request.request_id, params, int(request.num_prompt_tokens), request.all_token_ids
+                request.request_id,
+                request.kv_transfer_params,
+                int(request.num_prompt_tokens),
+                request.all_token_ids,
+                limit=int(request.max_tokens),
+                structured=bool(request.use_structured_output),
             )
+            _name_request(request, self._scheduler.decides(request.request_id))
 
     def get_num_new_matched_tokens(self, request: Any, num_computed_tokens: int) -> tuple[int | None, bool]:  # noqa: ARG002
         return 0, False
@@ -200,22 +229,24 @@ class KVRouteConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         return True
 
 
-def _sif_table(vllm_config: Any) -> Any:
-    """SIF weights by ``a``, from the vocabulary's frequencies; the tokenizer is read at the first use."""
-    tables: dict[float, Array] = {}
-    frequencies: list[FrequencyTable] = []
+def _name_request(request: Any, decides: bool) -> None:
+    """Tell the logits processor whose row it sees, where tokens may be forced; take away what a client said there."""
+    params = request.sampling_params
+    if params is None or not (decides or REQUEST_KEY in (params.extra_args or {})):
+        return
+    extra = {key: value for key, value in (params.extra_args or {}).items() if key != REQUEST_KEY}
+    if decides:
+        extra[REQUEST_KEY] = request.request_id
+    params = copy.copy(params)  # the answers of one prompt (n > 1) may share theirs
+    params.extra_args = extra
+    request.sampling_params = params
 
-    def weights(a: float) -> Array:
-        if not frequencies:
-            from transformers import AutoTokenizer
 
-            model = vllm_config.model_config
-            tokenizer = AutoTokenizer.from_pretrained(
-                model.tokenizer, revision=model.tokenizer_revision, trust_remote_code=model.trust_remote_code
-            )
-            frequencies.append(FrequencyTable.from_vocabulary(tokenizer))
-        if a not in tables:
-            tables[a] = frequencies[0].weights(a)
-        return tables[a]
+def _ranks() -> tuple[int, Callable[[torch.Tensor], torch.Tensor] | None]:
+    """This rank of the tensor-parallel group, and a gather over it: ``[n]`` to ``[ranks, n]``; None if it is alone."""
+    from vllm.distributed.parallel_state import get_tp_group
 
-    return weights
+    group = get_tp_group()
+    if group.world_size == 1:
+        return 0, None
+    return int(group.rank_in_group), lambda x: group.all_gather(x[None].contiguous(), dim=0)

@@ -25,13 +25,16 @@ from kvroute.chains import (
     too_short,
 )
 from kvroute.errors import AskError, InvalidInputError, KVRouteError
-from kvroute.features import FeaturePlan
+from kvroute.features import FeaturePlan, Of
+from kvroute.heads.head import DifficultyHead
 from kvroute.pooling import PoolingSpec, reduced
+from kvroute.route_steering import finite
 from kvroute.scores import Score
 from kvroute.serving.answers import Result, Tokens, public_text
-from kvroute.serving.asks import read_ask
+from kvroute.serving.asks import CONFIDENCE, read_ask, vectors_of
 from kvroute.serving.config import ServingConfig
-from kvroute.serving.messages import Array, Norms, StepMeta, StepRequest, StepResults, Sums
+from kvroute.serving.deciding import Decided, Decisions, ThinkingTokens, first_read
+from kvroute.serving.messages import Array, Look, Looked, Norms, StepMeta, StepRequest, StepResults, Sums
 from kvroute.serving.tally import Tally
 from kvroute.serving.worker import feature_key, window_of
 
@@ -49,7 +52,11 @@ class _Request:
     body: dict[str, Any] | None = None
     error: str | None = None
     given: int = 0
+    vectors: dict[str, tuple[Of, PoolingSpec]] = field(default_factory=dict)
+    decided: Decided | None = None
+    confidence: DifficultyHead | None = None
     sent: bool = False
+    seen: bool = False
     pooled: bool = False
     fed: int = 0
     sums: dict[str, tuple[Array | None, Array | None, float]] = field(default_factory=dict)
@@ -59,8 +66,12 @@ class _Request:
     @property
     def window(self) -> int:
         """Tokens behind an answer's newest that windowed sums need."""
-        specs = [s for of, s in self.plan.pooled.values() if of == "answer"] if self.plan else []
-        return max((window_of(s) or 0 for s in specs), default=0)
+        return max((window_of(s) or 0 for of, s in self.vectors.values() if of == "answer"), default=0)
+
+    @property
+    def answer_start(self) -> int | None:
+        """First token that its answer's features read; None while a mode's tokens may come before it."""
+        return self.prompt_len if self.decided is None else self.decided.answer_start
 
 
 class SchedulerSide:
@@ -71,6 +82,9 @@ class SchedulerSide:
         block_sizes: tokens a block, by KV cache group.
         sif: SIF weight of every token ``[vocab]`` for an ``a``; None where no table can be had.
         off: why no feature can be read from this engine, or None.
+        thinking: gives the model's thinking tokens, at the first use; None where there is no tokenizer.
+        longest: most tokens that a prompt and its answer may have together.
+        runs_ahead: whether the engine schedules a step before it has the tokens of the last.
     """
 
     def __init__(
@@ -79,8 +93,13 @@ class SchedulerSide:
         block_sizes: Sequence[int],
         sif: Callable[[float], Array] | None = None,
         off: str | None = None,
+        *,
+        thinking: Callable[[], ThinkingTokens] | None = None,
+        longest: int = 2**31,
+        runs_ahead: bool = False,
     ) -> None:
         self._config = config
+        self._decisions = Decisions(config, thinking, longest=longest, runs_ahead=runs_ahead)
         self._block_sizes = list(block_sizes)
         self._sif = sif
         self.off = off
@@ -97,7 +116,16 @@ class SchedulerSide:
         """Requests that something is kept for."""
         return len(self._running) + len(self._closing)
 
-    def on_request(self, request: str, params: object, prompt: Sequence[int] | int, tokens: Sequence[int] = ()) -> None:
+    def on_request(
+        self,
+        request: str,
+        params: object,
+        prompt: Sequence[int] | int,
+        tokens: Sequence[int] = (),
+        *,
+        limit: int = 2**31,
+        structured: bool = False,
+    ) -> None:
         """A request came.
 
         Args:
@@ -105,6 +133,8 @@ class SchedulerSide:
             params: its ``kv_transfer_params``, whatever was sent.
             prompt: length of its prompt, or the prompt.
             tokens: all its tokens, prompt first; a live list of the engine's.
+            limit: most tokens of its answer.
+            structured: whether a grammar constrains it.
         """
         length = prompt if isinstance(prompt, int) else len(prompt)
         given = 0
@@ -112,16 +142,15 @@ class SchedulerSide:
             ask = read_ask(params, self._config)
             if ask is None:
                 return
-            if ask.policy is not None or ask.mode is not None or ask.confidence is not None:
-                raise AskError(
-                    "This server reads features; it does not decide how to think.",
-                    hint="Drop 'policy', 'mode', 'shadow' and 'confidence'.",
-                )
             if ask.answer_from is not None:
                 if ask.answer_from > length:
                     raise AskError(f"'answer_from' is {ask.answer_from}, and the prompt has {length} tokens.")
                 given, length = length - ask.answer_from, ask.answer_from
             state = _Request(length, ask.plan, tokens, body=ask.to_dict(), error=self.off, given=given)
+            if self.off is None:
+                state.vectors = vectors_of(ask, self._config)
+                state.decided = self._decisions.of(ask, tokens, length, limit, structured=structured)
+                state.confidence = None if ask.confidence is None else self._config.catalog.head(ask.confidence)
             self.tally.asked(ask)
         except Exception as error:  # noqa: BLE001 - the engine must not see it
             state = _Request(length, None, (), error=public_text(error))
@@ -133,7 +162,12 @@ class SchedulerSide:
     def asked(self, request: str) -> bool:
         """Whether anything is to be read of a request."""
         state = self._running.get(request)
-        return state is not None and state.error is None
+        return state is not None and (state.error is None or state.decided is not None)
+
+    def decides(self, request: str) -> bool:
+        """Whether tokens may be forced into a request."""
+        state = self._running.get(request)
+        return state is not None and state.decided is not None and not state.decided.policy.shadow
 
     def step(self, scheduled: Sequence[tuple[str, int, int, Sequence[Sequence[int]]]]) -> StepMeta:
         """What the workers are to read behind a step.
@@ -148,12 +182,14 @@ class SchedulerSide:
         self._gone = []
         for request, start, count, blocks in scheduled:
             state = self._running.get(request)
-            if state is None or state.error is not None:
+            if state is None or not self.asked(request):
                 continue
             try:
                 entry = self._entry(request, state, start + count, blocks)
             except Exception as error:  # noqa: BLE001 - the engine must not see it
                 state.error = public_text(error)
+                if state.decided is not None and not state.decided.request.decision.mode:
+                    state.decided.took(Looked(fault=state.error))
                 self._fault(error, "schedule")
                 continue
             if entry is not None:
@@ -183,7 +219,7 @@ class SchedulerSide:
         if state is None:
             return None
         answer += state.given
-        if state.sent:
+        if state.seen:
             self._gone.append(request)
         box = Result(tokens=Tokens(state.prompt_len, answer), error=state.error).to_dict()
         self._closing[request] = (state, box, answer)
@@ -194,45 +230,72 @@ class SchedulerSide:
     # ------------------------------------------------------------------ inside
 
     def _entry(self, request: str, state: _Request, stop: int, blocks: Sequence[Sequence[int]]) -> StepRequest | None:
-        assert state.plan is not None
-        of = {o for o, _ in state.plan.pooled.values()}
+        of = {o for o, _ in state.vectors.values()} if state.error is None else set()
+        chain = state.error is None and state.plan is not None and state.plan.chain is not None
+        look, force = None, None
+        if state.decided is not None:
+            look, force = state.decided.due(state.tokens, stop, self._sif_of)
+        begin = state.answer_start
         prompt = "prompt" in of and not state.pooled and stop >= state.prompt_len
-        low = max(state.fed, state.prompt_len)
-        high = max(low, stop) if "answer" in of or state.plan.chain is not None else low
-        if not prompt and high == low:
+        low = max(state.fed, state.prompt_len if begin is None else begin)
+        high = max(low, stop) if begin is not None and ("answer" in of or chain) else low
+        reads = prompt or high > low
+        if not reads and look is None and force is None:
             return None
-        window = min(state.window, low - state.prompt_len)
-        first = 0 if prompt else low - window
+        window = min(state.window, low - begin) if reads and begin is not None else 0
+        firsts = [0] if prompt else []
+        firsts += [low - window] if high > low else []
+        firsts += [self._first(look)] if look is not None else []
+        first = min(firsts, default=stop)
         skip = tuple(first // size for size in self._block_sizes)
         entry = StepRequest(
             id=request,
             prompt_len=state.prompt_len,
+            answer_start=state.prompt_len if begin is None else begin,
             low=low,
             high=high,
             prompt=prompt,
             skip=skip,
             blocks=tuple(list(b[s:]) for b, s in zip(blocks, skip, strict=True)),
-            ask=None if state.sent else state.body,
-            weights=self._weights(state, prompt, low - window, high),
+            ask=None if state.sent or not reads else state.body,
+            weights=self._weights(state, prompt, high > low, low - window, high) if reads else {},
             window=window,
+            look=look,
+            force=force,
         )
-        state.sent, state.pooled, state.fed = True, state.pooled or prompt, high
+        state.seen = True
+        if reads:
+            state.sent, state.pooled = True, state.pooled or prompt
+            if high > low:
+                state.fed = high
         return entry
 
-    def _weights(self, state: _Request, prompt: bool, low: int, high: int) -> dict[float, Array]:
-        """SIF weights: of answer tokens, or of a prompt and of the answer tokens that came in the same step."""
-        assert state.plan is not None
-        due = ({"prompt"} if prompt else set()) | ({"answer"} if high > max(state.fed, state.prompt_len) else set())
-        wanted = {s.sif_a for of, s in state.plan.pooled.values() if s.weights == "sif" and of in due}
-        if not wanted:
-            return {}
+    def _first(self, look: Look) -> int:
+        """First token that a look reads."""
+        head = self._config.catalog.policy(look.policy).head
+        head = head if head is None or look.mode is None else head.windows
+        return 0 if head is None else first_read(head.spec, look.stop)
+
+    def _sif_of(self, ids: Sequence[int], a: float) -> Array:
         if self._sif is None:
             raise InvalidInputError("This server has no tokenizer, so no frequencies for weights='sif'.")
-        low, high = (0, max(state.prompt_len, high)) if prompt else (low, high)
-        ids = np.asarray(state.tokens[low:high], dtype=np.int64)
-        if len(ids) < high - low or (ids < 0).any():
+        found = np.asarray(ids, dtype=np.int64)
+        if (found < 0).any():
             raise InvalidInputError("The engine schedules ahead of its tokens, so weights='sif' has no token to weigh.")
-        return {a: self._sif(a)[ids] for a in wanted}
+        return self._sif(a)[found]
+
+    def _weights(self, state: _Request, prompt: bool, answer: bool, low: int, high: int) -> dict[float, Array]:
+        """SIF weights: of answer tokens, or of a prompt and of the answer tokens that came in the same step."""
+        due = ({"prompt"} if prompt else set()) | ({"answer"} if answer else set())
+        wanted = {s.sif_a for of, s in state.vectors.values() if s.weights == "sif" and of in due}
+        if not wanted:
+            return {}
+        high = high if answer else state.prompt_len
+        low = 0 if prompt else low
+        ids = state.tokens[low:high]
+        if len(ids) < high - low:
+            raise InvalidInputError("The engine schedules ahead of its tokens, so weights='sif' has no token to weigh.")
+        return {a: self._sif_of(ids, a) for a in wanted}
 
     def _take(self, results: StepResults) -> None:
         for request, why in results.faults.items():
@@ -240,11 +303,17 @@ class SchedulerSide:
             if state is not None and state.error is None:
                 state.error = why
                 self._fault(None, "reading")
+        looked = True
+        for request, found in results.looks.items():
+            state = self._find(request)
+            if state is not None and state.decided is not None and state.decided.took(found) is not None:
+                looked = False
+                self._fault(None, "decision")
         for key, sums in results.sums.items():
             self._take_sums(key, sums)
         if results.norms is not None:
             self._take_norms(results.norms)
-        if not results.faults and (results.sums or results.norms is not None):
+        if not results.faults and looked and (results.sums or results.norms is not None or results.looks):
             self._in_a_row = 0
 
     def _take_sums(self, key: str, sums: Sums) -> None:
@@ -278,6 +347,8 @@ class SchedulerSide:
         tokens = Tokens(state.prompt_len, answer)
         try:
             result = Result(tokens=tokens, error=state.error)
+            if state.decided is not None:
+                self._end_decision(state, state.decided, result, answer)
             if state.error is None:
                 self._finish(state, result, answer)
             box.update(result.to_dict())
@@ -289,8 +360,11 @@ class SchedulerSide:
 
     def _finish(self, state: _Request, result: Result, answer: int) -> None:
         assert state.plan is not None
-        for name, (of, spec) in state.plan.pooled.items():
+        for name, (of, spec) in state.vectors.items():
             found = state.sums.get(feature_key(of, spec))
+            if name == CONFIDENCE:
+                result.confidence = self._confidence(state, None if found is None else pooled_vector(spec, *found))
+                continue
             if found is None:
                 what = (
                     "prompt was not read to its end" if of == "prompt" else "answer has no token with keys and values"
@@ -307,6 +381,24 @@ class SchedulerSide:
             result.scores |= chain_results(state.steps, state.ends)
         if state.plan.length:
             result.scores["length"] = Score(float(answer))
+
+    def _end_decision(self, state: _Request, decided: Decided, result: Result, answer: int) -> None:
+        before = decided.request.decision.fault
+        result.decision, thought = decided.end(state.tokens, answer)
+        result.tokens = Tokens(state.prompt_len, answer, thought)
+        if before is None and result.decision.fault is not None and answer > 0:
+            self._fault(None, "decision")
+
+    def _confidence(self, state: _Request, vector: Array | None) -> Score:
+        """That an answer is right, in [0, 1]; or none and the reason."""
+        assert state.confidence is not None
+        if vector is None:
+            return Score(None, "The answer has no token with keys and values.")
+        try:
+            return Score(float(finite(state.confidence.predict(vector[None]))[0]))
+        except Exception as error:  # noqa: BLE001 - an answer is worth more than its confidence
+            self._fault(None if isinstance(error, KVRouteError) else error, "confidence")
+            return Score(None, public_text(error))
 
     def _fault(self, error: Exception | None, kind: str) -> None:
         self.faults += 1

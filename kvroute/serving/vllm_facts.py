@@ -68,6 +68,33 @@ def cache_facts(vllm_config: Any, kv_cache_config: Any) -> CacheFacts:
     )
 
 
+def layer_sizes(vllm_config: Any, kv_cache_config: Any) -> list[tuple[int, int, int, int]]:
+    """Layer number, KV heads of all ranks, key and value size of every attention layer, without the running model.
+
+    Raises:
+        UnsupportedLayoutError: layers that can't be told apart.
+    """
+    model, parallel = vllm_config.model_config, vllm_config.parallel_config
+    total = model.get_total_num_hidden_layers()
+    ranks = parallel.tensor_parallel_size // getattr(kv_cache_config, "kv_tp_replicas", 1)
+    found = []
+    for group in kv_cache_config.kv_cache_groups:
+        for name in group.layer_names:
+            spec = getattr(group.kv_cache_spec, "kv_cache_specs", {}).get(name, group.kv_cache_spec)
+            role = getattr(getattr(spec, "cache_role", None), "value", None)
+            if type(spec).__name__ in _NO_KEYS or role == "indexer" or not hasattr(spec, "num_kv_heads"):
+                continue
+            number = _layer_number(name)
+            if number >= total:
+                continue
+            if type(spec).__name__ == "MLAAttentionSpec":
+                rope = int(model.hf_text_config.qk_rope_head_dim)
+                found.append((number, 1, spec.head_size - rope, rope))
+            else:
+                found.append((number, spec.num_kv_heads * ranks, spec.head_size, spec.head_size_v))
+    return sorted(found)
+
+
 def cpu_writer(cache_dtype: str = "auto") -> CacheWriter:
     """The engine's op that writes the CPU backend's cache (``cpu_attn.py``, ``do_kv_cache_update``), scales 1."""
     from vllm import _custom_ops as ops

@@ -18,7 +18,10 @@ from torch import Tensor
 from kvroute.errors import WindowedLayerError
 from kvroute.pooling import PoolingSpec, token_sums
 from kvroute.serving.answers import public_text
-from kvroute.serving.asks import Ask
+from kvroute.serving.asks import Ask, vectors_of
+from kvroute.serving.config import ServingConfig
+from kvroute.serving.forcing import BOARD, Board
+from kvroute.serving.looking import Gather, Looker
 from kvroute.serving.messages import Array, Norms, StepMeta, StepRequest, StepResults, Sums
 from kvroute.serving.pages import LayerPages, stack_pages, view_of
 from kvroute_kernels import KVView
@@ -120,11 +123,32 @@ class WorkerSide:
     Args:
         pages: every attention layer's, of this rank.
         num_layers: attention layers of the model.
+        config: the server's, with its heads and policies.
+        board: takes the tokens that are forced.
+        gather: over the ranks of the tensor-parallel group; None where there is one.
+        replicas: consecutive ranks that hold the same heads.
+        copy: whether this rank holds the heads of the one before it.
     """
 
-    def __init__(self, pages: Sequence[LayerPages], num_layers: int | None = None) -> None:
+    def __init__(
+        self,
+        pages: Sequence[LayerPages],
+        num_layers: int | None = None,
+        *,
+        config: ServingConfig | None = None,
+        board: Board = BOARD,
+        gather: Gather | None = None,
+        replicas: int = 1,
+        copy: bool = False,
+    ) -> None:
         self._stacks = stack_pages(pages)
         self._num_layers = len(pages) if num_layers is None else num_layers
+        self._config = ServingConfig() if config is None else config
+        self._board = board
+        self._copy = copy
+        self._looker = Looker(
+            self._config.catalog, pages, self._num_layers, self._view, board, gather=gather, replicas=replicas
+        )
         self._asked: dict[str, _Asked] = {}
         self._rows = _Rows()
         self._results: StepResults | None = None
@@ -147,8 +171,12 @@ class WorkerSide:
             self.drop(request)
         if not meta.requests:
             return
-        results = StepResults()
-        self._guarded(meta.requests, results)
+        results = StepResults(copy=self._copy)
+        for asked in meta.requests:
+            if asked.force is not None:
+                self._board.put(asked.id, *asked.force)
+        results.looks = self._looker.take(meta.requests)
+        self._guarded([r for r in meta.requests if r.prompt or r.high > r.low], results)
         results.seconds = time.perf_counter() - began
         self._results = results
 
@@ -159,6 +187,10 @@ class WorkerSide:
 
     def drop(self, request: str) -> None:
         """Forget a request."""
+        self._board.drop(request)
+        self._forget(request)
+
+    def _forget(self, request: str) -> None:
         asked = self._asked.pop(request, None)
         if asked is not None:
             self._rows.give(asked.slot)
@@ -167,6 +199,8 @@ class WorkerSide:
 
     def _guarded(self, requests: Sequence[StepRequest], results: StepResults) -> None:
         """Read; where that fails, each request by itself, so that a fault costs its own request alone."""
+        if not requests:
+            return
         self._touched = False
         try:
             with torch.no_grad():
@@ -181,9 +215,9 @@ class WorkerSide:
                 _log.warning("kvroute could not read %s.", [r.id for r in requests], exc_info=error)
             for request in requests:
                 results.faults[request.id] = public_text(error)
-                self.drop(request.id)
+                self._forget(request.id)  # what is forced stays: an answer keeps its mode
             return
-        join_results(results, commit)
+        results.extend(commit)
 
     def _read(self, requests: Sequence[StepRequest]) -> StepResults:
         for request in requests:
@@ -200,10 +234,11 @@ class WorkerSide:
         return results
 
     def _resolve(self, body: dict[str, object]) -> _Asked:
-        plan = Ask.from_dict(body).plan
-        prompt = {feature_key(of, spec): spec for of, spec in plan.pooled.values() if of == "prompt"}
-        answer = {feature_key(of, spec): spec for of, spec in plan.pooled.values() if of == "answer"}
-        return _Asked(self._rows.take(), prompt, answer, plan.chain is not None)
+        ask = Ask.from_dict(body)
+        vectors = vectors_of(ask, self._config).values()
+        prompt = {feature_key(of, spec): spec for of, spec in vectors if of == "prompt"}
+        answer = {feature_key(of, spec): spec for of, spec in vectors if of == "answer"}
+        return _Asked(self._rows.take(), prompt, answer, ask.plan.chain is not None)
 
     def _view(self, requests: Sequence[StepRequest], lengths: list[int], starts: list[int]) -> KVView:
         tables = [[[0] * s + b for s, b in zip(r.skip, r.blocks, strict=True)] for r in requests]
@@ -266,17 +301,17 @@ class WorkerSide:
         self, spec: PoolingSpec, requests: Sequence[StepRequest], sequence: Tensor, position: Tensor, low: Tensor
     ) -> Tensor:
         """``[T]`` float64, how much each gathered token is added: negative where it leaves the window."""
-        prompt_len = torch.tensor([r.prompt_len for r in requests])[sequence]
+        begin = torch.tensor([r.answer_start for r in requests])[sequence]
         high = torch.tensor([r.high for r in requests])[sequence]
         window = window_of(spec)
         new = position >= low[sequence]
         if spec.tokens == "first":
-            sign = (new & (position == prompt_len)).double()
+            sign = (new & (position == begin)).double()
         elif window is None:
             sign = new.double()
         else:
             inside = position >= high - window
-            was = (~new) & (position >= torch.maximum(low[sequence] - window, prompt_len))
+            was = (~new) & (position >= torch.maximum(low[sequence] - window, begin))
             sign = (new & inside).double() - (was & ~inside).double()
         if spec.weights == "position":
             return sign * (position + 1)
@@ -336,7 +371,7 @@ class WorkerSide:
         first = self._rows.get("chain|first", z.shape[1:], torch.float32, device)
         last = self._rows.get("chain|last", z.shape[1:], torch.float32, device)
         sums = self._rows.get("chain|layers", x.shape[1:], torch.float64, device)
-        fresh = torch.tensor([requests[i].low == requests[i].prompt_len for i in rows], device=device)
+        fresh = torch.tensor([requests[i].low == requests[i].answer_start for i in rows], device=device)
         before = torch.cat([z[:1], z[:-1]])
         before[first_at] = torch.where(fresh[:, None], z[first_at], last[mine])
         steps = torch.stack([_square(z - before), _square(z)], dim=1)
@@ -354,30 +389,6 @@ class WorkerSide:
             torch.stack([moves, _square(by_layer)], dim=2).cpu().numpy(),
             _square(by_layer[:, -1] - by_layer[:, 0]).cpu().numpy(),
         )
-
-
-def join_results(into: StepResults, part: StepResults) -> None:
-    """Add the results of other requests of the same step."""
-    for key, sums in part.sums.items():
-        have = into.sums.get(key)
-        into.sums[key] = sums if have is None else _rows_joined(have, sums)
-    if part.norms is not None:
-        into.norms = part.norms if into.norms is None else _norms_joined(into.norms, part.norms)
-    into.faults |= part.faults
-
-
-def _rows_joined(a: Sums, b: Sums) -> Sums:
-    keys, values = (
-        None if x is None or y is None else np.concatenate([x, y]) for x, y in ((a.keys, b.keys), (a.values, b.values))
-    )
-    return Sums(a.ids + b.ids, keys, values, np.concatenate([a.weight, b.weight]))
-
-
-def _norms_joined(a: Norms, b: Norms) -> Norms:
-    parts = [
-        np.concatenate([getattr(a, n), getattr(b, n)]) for n in ("counts", "steps", "span", "layers", "layer_span")
-    ]
-    return Norms(a.ids + b.ids, *parts)
 
 
 def _sif(request: StepRequest, a: float) -> Array:

@@ -1,6 +1,8 @@
 """Serve a model in this process with kvroute's connector, run jobs, and save what the requests got.
 
 python -m tests.serving.run_connector MODEL OUT.json '{"engine": {...}, "jobs": [{"prompts": [...], "params": {...}}]}'
+
+A job has "features" for all of its prompts or "asks", one a prompt (null for none); "extra" are the server's settings.
 """
 
 from __future__ import annotations
@@ -21,15 +23,21 @@ def main(model: str, out: str, job: dict[str, Any]) -> None:
     register()  # vLLM loads plugins in every process, some of them twice
     engine = LLM(
         model=model,
-        kv_transfer_config=KVTransferConfig(kv_connector="KVRouteConnector", kv_role="kv_producer"),
+        kv_transfer_config=KVTransferConfig(
+            kv_connector="KVRouteConnector", kv_role="kv_producer", kv_connector_extra_config=job.get("extra", {})
+        ),
         **({"enforce_eager": True, "max_model_len": 512, "dtype": "float32", "max_num_seqs": 4} | job["engine"]),
     )
     saved = []
     for part in job["jobs"]:
-        params = SamplingParams(
-            **{"temperature": 0.0, "ignore_eos": True} | part["params"],
-            extra_args={"kv_transfer_params": {"kvroute": {"features": part["features"]}}},
-        )
+        asks = part["asks"] if "asks" in part else [{"features": part["features"]}] * len(part["prompts"])
+        params = [
+            SamplingParams(
+                **{"temperature": 0.0, "ignore_eos": True} | part["params"],
+                extra_args={**part.get("args", {}), "kv_transfer_params": None if ask is None else {"kvroute": ask}},
+            )
+            for ask in asks
+        ]
         outputs = engine.generate([{"prompt_token_ids": p} for p in part["prompts"]], params, use_tqdm=False)
         saved.append(
             [
