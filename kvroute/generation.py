@@ -16,6 +16,7 @@ from kvroute.scores import Score
 
 if TYPE_CHECKING:
     from kvroute.engines.decoding import Prefix
+    from kvroute.serving.answers import Result
 
 Message = Mapping[str, Any]
 
@@ -125,6 +126,8 @@ class Generation:
             the answer.
         prefix: with ``keep_cache``, the cache of the prompt and of all its tokens but the last, for prompts that begin
             with them; None where it was not asked for, where nothing ran, and for models with recurrent layers.
+        served: what kvroute inside a vLLM engine said beside the features: decision, confidence, tokens by phase,
+            faults; None from other engines.
     """
 
     text: str
@@ -137,6 +140,7 @@ class Generation:
     scores: dict[str, Score] = field(default_factory=dict)
     feature_errors: dict[str, str] = field(default_factory=dict)
     prefix: Prefix | None = field(default=None, repr=False, compare=False)
+    served: Result | None = field(default=None, repr=False, compare=False)
 
 
 @dataclass(frozen=True, slots=True)

@@ -55,6 +55,7 @@ class StandIn:
         self.delay = delay
         self.act = act
         self.token = token
+        self.about: dict[str, Any] | None = None
         self.result: Callable[[dict[str, Any], dict[str, Any] | None], dict[str, Any] | None] | None = None
         self.requests: list[dict[str, Any]] = []
         self.paths: list[str] = []
@@ -208,6 +209,8 @@ class _Handler(BaseHTTPRequestHandler):
             elif self.path == "/v1/models":
                 cards = [{"id": m, "object": "model", "owned_by": "vllm", "max_model_len": 8192} for m in it.models]
                 self.send(200, {"object": "list", "data": cards})
+            elif self.path == "/v1/kvroute/info" and it.about is not None:
+                self.send(200, it.about)
             elif self.path == "/tokenize":
                 text = body.get("prompt") or "".join(f"<{m['role']}>{m['content']}" for m in body["messages"]) + "<a>"
                 ids = ([1] if body.get("add_special_tokens", "prompt" in body) else []) + words(text)
@@ -237,6 +240,9 @@ class _Handler(BaseHTTPRequestHandler):
             "token_ids": tokens,
             "prompt_token_ids": ids,
         }
+        if "logprob_token_ids" in body:
+            top = {f"token_id:{t}": -float(t) for t in body["logprob_token_ids"]}
+            choice["logprobs"] = {"top_logprobs": [{**top, "token_id:0": -0.5}]}
         self.send(
             200,
             {

@@ -5,21 +5,21 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Coroutine, Sequence
-from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from kvroute.errors import (
     ConnectorMissingError,
-    EmptyTextError,
     InvalidInputError,
+    ServerError,
     ServerTimeoutError,
     ServerUnreachableError,
 )
-from kvroute.generation import CancelToken, Generation, GenerationChunk, Prompt, SamplingOptions, Timings, TokenIds
+from kvroute.generation import CancelToken, Generation, GenerationChunk, Prompt, Timings, TokenIds
 from kvroute.info import ModelInfo
-from kvroute.serving.asks import Ask
+from kvroute.serving.about import PATH, About
+from kvroute.serving.jobs import Job
 from kvroute.serving.servers import LostConnectionError, Server, Servers
-from kvroute.serving.wire import Answer, read_completion, read_tokens, request_body
+from kvroute.serving.wire import Answer, read_choices, read_completion, read_tokens, request_body
 
 T = TypeVar("T")
 _COMPLETIONS = "/v1/completions"
@@ -27,26 +27,6 @@ _TICK = 0.02
 """Seconds between two looks at a cancel token."""
 _CHECK = 30.0
 """Seconds for a server to say which models it has; then it counts as dead."""
-
-
-@dataclass(frozen=True, slots=True)
-class Job:
-    """One request: its place among the prompts, the prompt, and what is wanted."""
-
-    index: int
-    prompt: str | TokenIds
-    ask: Ask | None
-    options: SamplingOptions
-    seed: int | None
-
-    def __post_init__(self) -> None:
-        check_text(self.index, self.prompt)
-        if not (self.prompt if isinstance(self.prompt, str) else self.prompt.ids):
-            raise EmptyTextError(self.index)
-
-    def body(self, model: str, *, stream: bool) -> dict[str, Any]:
-        """Its JSON."""
-        return request_body(self.prompt, model=model, ask=self.ask, options=self.options, seed=self.seed, stream=stream)
 
 
 class Sender:
@@ -97,7 +77,9 @@ class Sender:
 
             async def send(server: Server, model: str) -> Generation:
                 answer = Answer()
-                body = await server.ask(_COMPLETIONS, job.body(model, stream=False), within=self._timeout)
+                body = await server.ask(
+                    _COMPLETIONS, request_body(job, model=model, stream=False), within=self._timeout
+                )
                 answer.add(read_completion(body))
                 return self._whole(answer, job, server, _timings(began, None))
 
@@ -120,7 +102,7 @@ class Sender:
             async def send(server: Server, model: str) -> Generation:
                 nonlocal first, answer
                 answer = Answer()
-                events = server.events(_COMPLETIONS, job.body(model, stream=True), within=self._timeout)
+                events = server.events(_COMPLETIONS, request_body(job, model=model, stream=True), within=self._timeout)
                 try:
                     async for event in events:
                         text, tokens = answer.add(read_completion(event))
@@ -148,8 +130,26 @@ class Sender:
 
         await self.all([one(job) for job in jobs])
 
-    async def tokens(self, prompt: Prompt, *, special_tokens: bool = True) -> list[int]:
-        """Token ids of a text, or of a chat with the turn opened, by a server."""
+    async def choices(self, jobs: Sequence[Job], done: Callable[[int], None]) -> list[list[float]]:
+        """Log-probability that each of a job's ``choices`` comes next."""
+
+        async def one(job: Job) -> list[float]:
+            async def send(server: Server, model: str) -> list[float]:
+                body = request_body(job, model=model, stream=False)
+                answer = await server.ask(_COMPLETIONS, body, within=self._timeout)
+                return read_choices(answer, job.choices)
+
+            found = await self.send(send)
+            done(1)
+            return found
+
+        return await self.all([one(job) for job in jobs])
+
+    async def tokens(self, prompts: Sequence[Prompt], *, special_tokens: bool = True) -> list[list[int]]:
+        """Token ids of texts, and of chats with the turn opened, by a server."""
+        return await self.all([self._tokens(prompt, special_tokens) for prompt in prompts])
+
+    async def _tokens(self, prompt: Prompt, special_tokens: bool) -> list[int]:
         if isinstance(prompt, TokenIds):
             return list(prompt.ids)
         body: dict[str, Any]
@@ -160,6 +160,28 @@ class Sender:
 
         async def send(server: Server, model: str) -> list[int]:
             return read_tokens(await server.ask("/tokenize", {"model": model, **body}, within=self._timeout))
+
+        return await self.send(send)
+
+    async def about(self) -> About:
+        """What a server runs.
+
+        Raises:
+            InvalidInputError: it has no route for that.
+        """
+
+        async def send(server: Server, _: str) -> About:
+            try:
+                return About.from_dict(await server.ask(PATH, None, within=self._timeout))
+            except ServerError as error:
+                if error.status != 404:
+                    raise
+                raise InvalidInputError(
+                    f"{server.url} does not say what its model is (layers, heads, fingerprint).",
+                    hint="Start it with `kvroute serve`, or with --middleware "
+                    "kvroute.serving.endpoints.KVRouteEndpoints; or pass "
+                    "info=TransformersEngine.from_pretrained(MODEL).info.",
+                ) from error
 
         return await self.send(send)
 
@@ -252,20 +274,3 @@ def _timings(began: float, first: float | None) -> Timings:
     now = time.monotonic()
     start = began if first is None else first
     return Timings(start - began, now - start, 0.0)
-
-
-def check_text(index: int, prompt: object) -> None:
-    """Refuse a text that is no Unicode.
-
-    Raises:
-        InvalidInputError: it holds a lone surrogate.
-    """
-    if not isinstance(prompt, str):
-        return
-    try:
-        prompt.encode()
-    except UnicodeEncodeError as error:
-        raise InvalidInputError(
-            f"Text {index} can't be sent: {error.reason} at character {error.start}.",
-            hint="Clean it first, e.g. with text.encode('utf-8', 'replace').decode().",
-        ) from error

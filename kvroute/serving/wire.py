@@ -16,6 +16,7 @@ from kvroute.pooling import PoolingSpec
 from kvroute.serving.answers import Result
 from kvroute.serving.asks import KEY, Ask, PooledFeature, read_ask
 from kvroute.serving.config import ServingConfig
+from kvroute.serving.jobs import Decide, Job
 
 _ABORTED: Final = frozenset({"abort", "error"})
 """Finish reasons of a server that gave a request up."""
@@ -57,22 +58,31 @@ def ask_for(features: Features, info: ModelInfo | None = None) -> Ask | None:
     return read_ask({KEY: {"features": asked}}, config if info is None else config.for_model(info))
 
 
-def request_body(
-    prompt: str | TokenIds, *, model: str, ask: Ask | None, options: SamplingOptions, seed: int | None, stream: bool
-) -> dict[str, Any]:
+def with_more(ask: Ask | None, decide: Decide | None, answer_from: int | None) -> Ask | None:
+    """An ask of features with what is to be decided, and where an answer that exists begins; what a server has by name
+    is its to check."""
+    if decide is None and answer_from is None:
+        return ask
+    fields: dict[str, Any] = {"features": {} if ask is None else ask.features, "answer_from": answer_from}
+    if decide is not None:
+        fields |= {"policy": decide.policy, "mode": decide.mode}
+        fields |= {"shadow": decide.shadow, "confidence": decide.confidence}
+    found = Ask(**fields)
+    return None if found.empty else found
+
+
+def request_body(job: Job, *, model: str, stream: bool) -> dict[str, Any]:
     """The JSON of one request.
 
     Args:
-        prompt: a text that is continued as it stands, or tokens.
+        job: what is wanted.
         model: as the server names it.
-        ask: what is asked of kvroute.
-        options: how to write.
-        seed: of this request; that of the options is for all of them.
         stream: whether the answer comes in pieces.
     """
+    options = job.options
     body: dict[str, Any] = {
         "model": model,
-        "prompt": prompt if isinstance(prompt, str) else list(prompt.ids),
+        "prompt": job.prompt if isinstance(job.prompt, str) else list(job.prompt.ids),
         "max_tokens": options.max_tokens,
         "temperature": options.temperature,
         "top_p": options.top_p,
@@ -85,10 +95,13 @@ def request_body(
         body["stop"] = list(options.stop)
     if options.repetition_penalty is not None:
         body["repetition_penalty"] = options.repetition_penalty
-    if seed is not None:
-        body["seed"] = seed
-    if ask is not None:
-        body["kv_transfer_params"] = {KEY: ask.to_dict()}
+    if job.seed is not None:
+        body["seed"] = job.seed
+    if job.ask is not None:
+        body["kv_transfer_params"] = {KEY: job.ask.to_dict()}
+    if job.choices:
+        body |= {"logprobs": len(job.choices), "logprob_token_ids": list(job.choices)}
+        body["return_tokens_as_token_ids"] = True
     if stream:
         body |= {"stream": True, "stream_options": {"include_usage": True}}
     return body
@@ -111,6 +124,10 @@ class _Usage(_Part):
     prompt_tokens_details: _Details | None = None
 
 
+class _Logprobs(_Part):
+    top_logprobs: list[dict[str, float]] | None = None
+
+
 class Choice(_Part):
     """An answer, or a piece of one."""
 
@@ -119,6 +136,7 @@ class Choice(_Part):
     stop_reason: int | str | None = None
     token_ids: list[int] | None = None
     prompt_token_ids: list[int] | None = None
+    logprobs: _Logprobs | None = None
 
 
 class Completion(_Part):
@@ -153,6 +171,24 @@ def read_completion(body: object) -> Completion:
         return Completion.model_validate(body)
     except ValidationError as error:
         _not_vllm("/v1/completions", error)
+
+
+def read_choices(body: object, choices: Sequence[int]) -> list[float]:
+    """Log-probabilities of some tokens, from an answer to a job with these ``choices``.
+
+    Raises:
+        ServerError: one of them is not there.
+    """
+    found = read_completion(body).choices
+    said = found[0].logprobs if found else None
+    listed = (said.top_logprobs if said else None) or [{}]
+    try:
+        return [listed[0][f"token_id:{token}"] for token in choices]
+    except KeyError as error:
+        raise ServerError(
+            "The server does not give the log-probability of a token that was asked for.",
+            hint="This needs vLLM 0.32 or newer.",
+        ) from error
 
 
 def read_models(body: object) -> dict[str, int | None]:
@@ -264,6 +300,7 @@ class Answer:
             features=found,
             scores={} if ask is None else result.scores,
             feature_errors={} if ask is None else dict.fromkeys(_missing(ask, result), why),
+            served=None if self.extra is None else result,
         )
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from kvroute import CancelToken, ChainSpec, PoolingSpec, TokenIds
+from kvroute import CancelToken, ChainSpec, FrequencyTable, KVEmbedder, Policy, PoolingSpec, Score, TokenIds
 from kvroute.errors import (
     AskError,
     ConnectorMissingError,
@@ -27,11 +27,15 @@ from kvroute.errors import (
     ServerTimeoutError,
     ServerUnreachableError,
     SpecError,
+    UnsupportedModelError,
 )
 from kvroute.features import AnswerPooling
 from kvroute.generation import SamplingOptions
+from kvroute.serving.about import About
 from kvroute.serving.client import VLLMClient
-from serving_files import INFO
+from kvroute.serving.jobs import Decide
+from serving_files import INFO, a_head, an_info
+from tiny_models import build_tokenizer
 from vllm_stand_in import MODEL, StandIn, features_of, words
 
 
@@ -174,8 +178,98 @@ def test_pooling(server: StandIn) -> None:
         server.result = lambda *_: {"kvroute": {"features": {}, "faults": ["It burnt."]}}
         with pytest.raises(ServerError, match="It burnt"):
             client.pool([[1]], [spec])
-        with pytest.raises(InvalidInputError, match="sif_weights"):
+
+
+def test_sif_weights_are_the_vocabularys(server: StandIn) -> None:
+    spec = PoolingSpec(layers="last:1", weights="sif")
+    tokenizer = build_tokenizer()
+    table = FrequencyTable.from_vocabulary(tokenizer).weights(spec.sif_a)
+    server.result = lambda *_: {"kvroute": {"features": {"0": [0.5] * spec.dimension(INFO)}}}
+    with VLLMClient(server.url, info=INFO, tokenizer=tokenizer) as client:
+        assert client.pool([[1]], [spec], sif_weights=table)[0].tolist() == [[0.5] * spec.dimension(INFO)]
+        with pytest.raises(InvalidInputError, match="frequencies=None"):
             client.pool([[1]], [spec], sif_weights=np.ones(3, np.float32))
+    with VLLMClient(server.url, info=INFO) as client, pytest.raises(InvalidInputError, match="tokenizer="):
+        client.pool([[1]], [spec], sif_weights=table)
+
+
+def test_an_embedder_over_a_server(server: StandIn) -> None:
+    tokenizer = build_tokenizer()
+    server.result = lambda body, _: {"kvroute": {"features": {"0": [float(len(body["prompt"]))] * 16 * 2}}}
+    with VLLMClient(server.url, info=INFO, tokenizer=tokenizer) as client:
+        embedder = KVEmbedder(client, PoolingSpec(layers="last:1", weights="sif", heads="concat"))
+        assert embedder.encode("the cat")[0] == len(tokenizer("the cat")["input_ids"])
+
+
+def test_answers_that_exist(server: StandIn) -> None:
+    size = PoolingSpec().dimension(INFO)
+
+    def said(body: dict[str, Any], ask: Any) -> dict[str, Any]:
+        assert body["max_tokens"] == 1
+        scores = {"kv_coe_r_token": {"value": float(ask["answer_from"])}}
+        return {"kvroute": {"features": {"a": [float(len(body["prompt"]))] * size}, "scores": scores}}
+
+    server.result = said
+    with VLLMClient(server.url, info=INFO) as client:
+        asked = {"a": AnswerPooling(PoolingSpec()), "kv-coe": "kv-coe"}
+        one, two = client.answer_features([[1, 2, 3, 4], [5, 6]], [2, 1], asked)
+        assert (one.features["a"][0], one.scores["kv_coe_r_token"].value) == (3, 2)
+        assert (two.features["a"][0], two.scores["kv_coe_r_token"].value) == (1, 1)
+        with pytest.raises(EmptyTextError):
+            client.answer_features([[1, 2]], [2], "kv-coe")
+        with pytest.raises(UnsupportedModelError, match="TransformersEngine"):
+            client.read([[1, 2]], [1], want={"logits"})
+
+
+def test_the_next_token(server: StandIn, client: VLLMClient) -> None:
+    assert client.choice_logprobs([[1], [2]], [[3, 4], [5, 6]]).tolist() == [[-3, -4], [-5, -6]]
+    assert server.requests[-1]["max_tokens"] == 1
+    assert client.choice_logprobs([], []).shape == (0, 0)
+    server.act = lambda handler, body: "logprob_token_ids" in body and body.pop("logprob_token_ids") is None
+    with pytest.raises(ServerError, match="log-probability"):
+        client.choice_logprobs([[1]], [[3]])
+
+
+def test_what_is_to_be_decided_is_sent_and_what_was_comes_back(server: StandIn, client: VLLMClient) -> None:
+    decision = {"mode": "slow", "difficulty": 61.0, "why": "difficulty", "policy": "one-step"}
+    server.result = lambda *_: {"kvroute": {"decision": decision, "confidence": {"value": 0.75}}}
+    found = client.generate("a", max_tokens=2, decide=Decide(policy="support", confidence="right"))
+    assert server.requests[-1]["kv_transfer_params"] == {"kvroute": {"policy": "support", "confidence": "right"}}
+    assert found.served is not None
+    assert found.served.decision is not None
+    assert (found.served.decision.mode, found.served.decision.difficulty) == ("slow", 61)
+    assert found.served.confidence == Score(0.75)
+    client.generate(["a", "b"], max_tokens=2, decide=[None, Decide(mode="fast")])
+    asks = {r["prompt"]: r.get("kv_transfer_params") for r in server.requests[-2:]}
+    assert asks == {"a": None, "b": {"kvroute": {"mode": "fast"}}}
+    chunks = list(client.stream("a", max_tokens=2, decide=Decide(mode="slow", policy="support")))
+    assert chunks[-1].generation is not None
+    assert chunks[-1].generation.served == found.served
+    with pytest.raises(InvalidInputError, match="2 prompts, and 1"):
+        client.generate(["a", "b"], decide=[None])
+
+
+def test_a_server_says_what_it_runs(server: StandIn) -> None:
+    server.about = About("1", True, INFO, policies={"support": Policy(kind="fast")}).to_dict()
+    with VLLMClient(server.url) as client:
+        assert client.info == INFO
+        assert client.about.policies["support"].kind == "fast"
+        assert server.paths.count("/v1/kvroute/info") == 1
+    server.about = About("1", True, model_error="Its files are gone.").to_dict()
+    with VLLMClient(server.url) as client, pytest.raises(InvalidInputError, match="files are gone"):
+        _ = client.info
+    server.about = About("1", False).to_dict()
+    with VLLMClient(server.url) as client, pytest.raises(ConnectorMissingError):
+        _ = client.info
+    server.about = {"version": 7}
+    with VLLMClient(server.url) as client, pytest.raises(ServerError, match="can't be read"):
+        _ = client.info
+
+
+def test_a_head_of_another_model(server: StandIn) -> None:
+    server.about = About("1", True, an_info("def")).to_dict()
+    with VLLMClient(server.url) as client, pytest.raises(ModelMismatchError):
+        a_head().require(client.info)
 
 
 def test_64_in_flight_and_in_order(server: StandIn, client: VLLMClient) -> None:
@@ -530,7 +624,7 @@ def test_features_of_another_size(server: StandIn) -> None:
 
 
 def test_what_is_not_known_is_said(client: VLLMClient) -> None:
-    with pytest.raises(InvalidInputError, match="info="):
+    with pytest.raises(InvalidInputError, match="middleware"):
         _ = client.info
     with pytest.raises(InvalidInputError, match="tokenizer="):
         _ = client.tokenizer

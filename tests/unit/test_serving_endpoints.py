@@ -231,7 +231,7 @@ async def test_what_the_server_refuses_is_passed_on_with_the_text(server: Server
 
 async def test_many_texts_are_asked_together_and_end_together(server: Server) -> None:
     server.delay = 0.01
-    status, found = await ask(server, "/v1/embeddings", {"input": [[i] for i in range(1, 151)]})
+    _, found = await ask(server, "/v1/embeddings", {"input": [[i] for i in range(1, 151)]})
     assert [d["embedding"][0] for d in found["data"]] == list(range(1, 151))
     assert server.most == IN_FLIGHT
     server.delay, server.ended = 5.0, 0
