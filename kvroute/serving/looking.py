@@ -88,13 +88,17 @@ class Looker:
         if not due:
             return {}
         began = time.perf_counter()
-        try:
-            groups = self._groups(due)
-            parts = [self._sums(group) for group in groups]
-            vectors = self._vectors(groups, parts)
-        except Exception as error:  # noqa: BLE001 - the engine must not see it
-            return self._fall_back(due, error)
         found: dict[str, Looked] = {}
+        groups: list[_Group] = []
+        try:
+            for members in _alike(due):
+                try:
+                    groups.append(self._group(members))
+                except Exception as error:  # noqa: BLE001 - the same on every rank: no gather is missed
+                    found |= self._fall_back(members, error)
+            vectors = self._vectors(groups, [self._sums(group) for group in groups])
+        except Exception as error:  # noqa: BLE001 - the engine must not see it
+            return found | self._fall_back([r for group in groups for r in group.requests], error)
         for group, rows in zip(groups, vectors, strict=True):
             try:
                 found |= (self._choose if group.looks[0].mode is None else self._look_again)(group, rows, began)
@@ -125,22 +129,15 @@ class Looker:
 
     # ------------------------------------------------------------------ read
 
-    def _groups(self, requests: Sequence[StepRequest]) -> list[_Group]:
-        groups: dict[tuple[str, bool, bool], _Group] = {}
-        for request in requests:
-            look = request.look
-            assert look is not None
-            key = (look.policy, look.shadow, look.mode is None)
-            if key not in groups:
-                chooser = self._chooser(look.policy, look.shadow)
-                head = chooser.head if look.mode is None or chooser.head is None else chooser.head.windows
-                if head is None:
-                    raise InvalidInputError(f"The policy {look.policy!r} has no head for this look.")
-                groups[key] = _Group([], [], chooser, head, [])
-            groups[key].requests.append(request)
-            groups[key].looks.append(look)
-            groups[key].faults.append(None)
-        return list(groups.values())
+    def _group(self, requests: list[StepRequest]) -> _Group:
+        looks = [r.look for r in requests if r.look is not None]
+        first = looks[0]
+        chooser = self._chooser(first.policy, first.shadow)
+        head = chooser.head if first.mode is None or chooser.head is None else chooser.head.windows
+        if head is None:
+            raise InvalidInputError(f"The policy {first.policy!r} has no head for this look.")
+        self._shapes(head.spec)  # raises for a head that does not fit the model
+        return _Group(requests, looks, chooser, head, [None] * len(requests))
 
     def _chooser(self, name: str, shadow: bool) -> Chooser:
         key = (name, shadow)
@@ -200,6 +197,8 @@ class Looker:
 
     def _vectors(self, groups: list[_Group], parts: list[Tensor]) -> list[Vectors]:
         """By group the pooled vectors ``[R, dim]`` over the heads of all ranks; not finite where a rank has none."""
+        if not groups:
+            return []
         flat = torch.cat([part.flatten() for part in parts])
         whole = flat[None] if self._gather is None else self._gather(flat)
         whole = whole[:: self._replicas].float().cpu()
@@ -263,6 +262,16 @@ class Looker:
         good = np.isfinite(vectors).all(axis=1).tolist()
         group.faults[:] = [f if f or fine else _UNREAD for f, fine in zip(group.faults, good, strict=True)]
         return [vector if fine else None for vector, fine in zip(vectors, good, strict=True)]
+
+
+def _alike(requests: Sequence[StepRequest]) -> list[list[StepRequest]]:
+    """Requests whose looks one head reads, in the order of the first of each."""
+    groups: dict[tuple[str, bool, bool], list[StepRequest]] = {}
+    for request in requests:
+        if request.look is not None:
+            look = request.look
+            groups.setdefault((look.policy, look.shadow, look.mode is None), []).append(request)
+    return list(groups.values())
 
 
 def _sif(look: Look, a: float, start: int) -> Tensor:
