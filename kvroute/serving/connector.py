@@ -80,9 +80,7 @@ class KVRouteConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         super().__init__(vllm_config, role, kv_cache_config)
         config = ServingConfig.read(self._kv_transfer_config.kv_connector_extra_config or None)
         model = ServedModel(vllm_config, kv_cache_config)
-        if config.policies is not None or config.heads is not None:
-            config = model.bind(config)
-        self._config = config
+        self._config = config = model.bind(config)
         self._worker: WorkerSide | None = None
         self._scheduler: SchedulerSide | None = None
         if role == KVConnectorRole.SCHEDULER:

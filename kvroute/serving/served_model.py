@@ -73,6 +73,8 @@ class ServedModel:
         """
         from kvroute.engines.checkpoint import describe_checkpoint
 
+        if config.policies is None and config.heads is None:  # no weights to compare; sizes limit what may be asked
+            return config.for_model(self._sizes(), fingerprints=False)
         model = self._config.model_config
         try:
             return config.for_model(describe_checkpoint(model.model, revision=model.revision))
