@@ -87,8 +87,6 @@ class Tally:
             self._counts["decisions"][SEPARATOR.join((name, decision.final_mode, decision.why))] += 1
             if decision.switch is not None and decision.why != "shadow":
                 self._counts["switches"][SEPARATOR.join((name, decision.switch.to))] += 1
-            if decision.fault is not None:
-                self.fault("decision")
             self._add("difficulty", decision.difficulty)
         if result.confidence is not None:
             self._add("confidence", result.confidence.value)

@@ -29,7 +29,7 @@ def test_everything_is_handed_over_once():
     switch = Switch("slow", 5, 70.0, 50.0, 3)
     decided = Result(decision=Decision("fast", 40.0, 50.0, why="difficulty", switch=switch), confidence=Score(0.25))
     tally.answered("a-1", decided, body := decided.to_dict(), "p")
-    shadow = Result(decision=Decision("fast", 60.0, why="shadow", switch=switch, fault="no page"))
+    shadow = Result(decision=Decision("fast", 60.0, why="shadow", switch=switch))
     tally.answered("a-2", shadow, shadow.to_dict(), "p")
     tally.failed("a-3", {"error": "?"})
     tally.spent("worker", 0.5)
@@ -41,7 +41,7 @@ def test_everything_is_handed_over_once():
         "asks": {"features": 1, "policy": 1, "shadow": 1, "refused": 1},
         "decisions": {"p|slow|difficulty": 1, "p|fast|shadow": 1},
         "switches": {"p|slow": 1},  # in shadow nothing is switched
-        "faults": {"reading": 1, "decision": 1},
+        "faults": {"reading": 1},
         "difficulty": [40.0, 60.0],
         "confidence": [0.25],
         "seconds": {"worker": 0.5, "scheduler": 0.25},
