@@ -3,6 +3,7 @@
 python -m tests.serving.run_connector MODEL OUT.json '{"engine": {...}, "jobs": [{"prompts": [...], "params": {...}}]}'
 
 A job has "features" for all of its prompts or "asks", one a prompt (null for none); "extra" are the server's settings.
+With "counts", names of the engine's own metrics, their sums behind each job go to OUT.counts.json.
 """
 
 from __future__ import annotations
@@ -28,7 +29,8 @@ def main(model: str, out: str, job: dict[str, Any]) -> None:
         ),
         **({"enforce_eager": True, "max_model_len": 512, "dtype": "float32", "max_num_seqs": 4} | job["engine"]),
     )
-    saved = []
+    saved: list[Any] = []
+    counts: list[dict[str, float]] = []
     for part in job["jobs"]:
         asks = part["asks"] if "asks" in part else [{"features": part["features"]}] * len(part["prompts"])
         params = [
@@ -51,8 +53,15 @@ def main(model: str, out: str, job: dict[str, Any]) -> None:
                 for o in outputs
             ]
         )
+        if "counts" in job:
+            metrics = {m.name: m for m in engine.get_metrics()}
+            counts.append(
+                {n: getattr(metrics[n], "sum", None) or getattr(metrics[n], "value", 0) for n in job["counts"]}
+            )
     with open(out, "w") as file:
         json.dump(saved, file)
+    with open(out.replace(".json", ".counts.json"), "w") as file:
+        json.dump(counts, file)
 
 
 if __name__ == "__main__":
