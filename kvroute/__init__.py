@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from kvroute.engines.base import Engine
     from kvroute.engines.decoding import Prefix
     from kvroute.engines.transformers_engine import TransformersEngine
+    from kvroute.engines.vllm_engine import VLLMEngine
     from kvroute.evaluation import Evaluation
     from kvroute.features import AnswerPooling
     from kvroute.generation import (
@@ -69,6 +70,8 @@ if TYPE_CHECKING:
     from kvroute.routing_report import RoutingReport
     from kvroute.scores import SCORES, Score, ScoreInfo
     from kvroute.self_evaluation import SelfEvaluator
+    from kvroute.serving.client import VLLMClient
+    from kvroute.serving.jobs import Decide
     from kvroute.thinking import ThinkingMode
     from kvroute.token_weights import FrequencyTable
     from kvroute.voting import Sample, Voted
@@ -90,6 +93,7 @@ _LAZY = {
     "CheckResult": "kvroute.checkers",
     "ConfidenceCalibrator": "kvroute.calibration",
     "Conversation": "kvroute.conversation",
+    "Decide": "kvroute.serving.jobs",
     "Decision": "kvroute.decisions",
     "DifficultyHead": "kvroute.heads.head",
     "DriftHealth": "kvroute.drift",
@@ -131,6 +135,8 @@ _LAZY = {
     "TrainingReport": "kvroute.heads.training",
     "TransformersEngine": "kvroute.engines.transformers_engine",
     "Usage": "kvroute.generation",
+    "VLLMClient": "kvroute.serving.client",
+    "VLLMEngine": "kvroute.engines.vllm_engine",
     "Voted": "kvroute.voting",
     "certify": "kvroute.guarantee",
     "chain_scores": "kvroute.chains",
@@ -165,6 +171,7 @@ __all__ = [
     "CheckResult",
     "ConfidenceCalibrator",
     "Conversation",
+    "Decide",
     "Decision",
     "DifficultyHead",
     "DriftHealth",
@@ -216,6 +223,8 @@ __all__ = [
     "TransformersEngine",
     "UnsupportedModelError",
     "Usage",
+    "VLLMClient",
+    "VLLMEngine",
     "Voted",
     "WindowedLayerError",
     "__version__",

@@ -201,7 +201,7 @@ def about(vllm_config: Any, name: str | None = None) -> About:
 
 
 def model_info(vllm_config: Any, name: str | None = None) -> ModelInfo:
-    """The model that a vLLM config serves, from its checkpoint.
+    """The model that a vLLM config serves, from its checkpoint; ``context`` is what vLLM takes.
 
     Raises:
         ModelLoadError, UnsupportedModelError: its files don't tell.
@@ -211,7 +211,8 @@ def model_info(vllm_config: Any, name: str | None = None) -> ModelInfo:
     model = vllm_config.model_config
     info = describe_checkpoint(model.model, revision=model.revision, name=name)
     dtype = str(model.dtype).removeprefix("torch.")
-    return info.model_copy(update={"dtype": dtype, "context": min(info.context, int(model.max_model_len))})
+    # vLLM counts an answer's last token too, which never runs: one prompt token less than elsewhere.
+    return info.model_copy(update={"dtype": dtype, "context": min(info.context, int(model.max_model_len) - 1)})
 
 
 def connector_settings(vllm_config: Any) -> dict[str, Any] | None:

@@ -19,12 +19,11 @@ from kvroute.info import ModelInfo
 from kvroute.serving.about import PATH, About
 from kvroute.serving.jobs import Job
 from kvroute.serving.servers import LostConnectionError, Server, Servers
+from kvroute.serving.waiting import end, timings, together, unless
 from kvroute.serving.wire import Answer, read_choices, read_completion, read_tokens, request_body
 
 T = TypeVar("T")
 _COMPLETIONS = "/v1/completions"
-_TICK = 0.02
-"""Seconds between two looks at a cancel token."""
 _CHECK = 30.0
 """Seconds for a server to say which models it has; then it counts as dead."""
 
@@ -59,14 +58,6 @@ class Sender:
         self._slots = asyncio.Semaphore(in_flight)
         self._checking = asyncio.Lock()
 
-    async def all(self, works: Sequence[Coroutine[Any, Any, T]]) -> list[T]:
-        """Results in order; the first error ends the others."""
-        tasks = [asyncio.ensure_future(work) for work in works]
-        try:
-            return list(await asyncio.gather(*tasks))
-        finally:
-            await _end(*tasks)
-
     async def batch(
         self, jobs: Sequence[Job], cancel: CancelToken | None, done: Callable[[int], None]
     ) -> list[Generation]:
@@ -81,13 +72,13 @@ class Sender:
                     _COMPLETIONS, request_body(job, model=model, stream=False), within=self._timeout
                 )
                 answer.add(read_completion(body))
-                return self._whole(answer, job, server, _timings(began, None))
+                return self._whole(answer, job, server, timings(began, None))
 
-            found = await _unless(cancel, self.send(send))
+            found = await unless(cancel, self.send(send))
             done(1)
-            return found or Answer().generation(job.ask, _timings(began, None), cancelled=True)
+            return found or Answer().generation(job.ask, timings(began, None), cancelled=True)
 
-        return await self.all([one(job) for job in jobs])
+        return await together([one(job) for job in jobs])
 
     async def streams(
         self, jobs: Sequence[Job], cancel: CancelToken | None, give: Callable[[GenerationChunk], None]
@@ -112,7 +103,7 @@ class Sender:
                         for token in tokens[:-1]:  # the text of several tokens comes with the last of them
                             give(GenerationChunk(job.index, "", token))
                         give(GenerationChunk(job.index, text, tokens[-1] if tokens else None))
-                    return self._whole(answer, job, server, _timings(began, first))
+                    return self._whole(answer, job, server, timings(began, first))
                 except LostConnectionError as error:
                     if first is None:
                         raise
@@ -124,11 +115,11 @@ class Sender:
                 finally:
                     await events.aclose()
 
-            found = await _unless(cancel, self.send(send))
-            whole = found or answer.generation(job.ask, _timings(began, first), cancelled=True)
+            found = await unless(cancel, self.send(send))
+            whole = found or answer.generation(job.ask, timings(began, first), cancelled=True)
             give(GenerationChunk(job.index, "", None, whole))
 
-        await self.all([one(job) for job in jobs])
+        await together([one(job) for job in jobs])
 
     async def choices(self, jobs: Sequence[Job], done: Callable[[int], None]) -> list[list[float]]:
         """Log-probability that each of a job's ``choices`` comes next."""
@@ -143,11 +134,11 @@ class Sender:
             done(1)
             return found
 
-        return await self.all([one(job) for job in jobs])
+        return await together([one(job) for job in jobs])
 
     async def tokens(self, prompts: Sequence[Prompt], *, special_tokens: bool = True) -> list[list[int]]:
         """Token ids of texts, and of chats with the turn opened, by a server."""
-        return await self.all([self._tokens(prompt, special_tokens) for prompt in prompts])
+        return await together([self._tokens(prompt, special_tokens) for prompt in prompts])
 
     async def _tokens(self, prompt: Prompt, special_tokens: bool) -> list[int]:
         if isinstance(prompt, TokenIds):
@@ -221,7 +212,7 @@ class Sender:
     async def close(self) -> None:
         """End all requests and close all connections."""
         here = asyncio.current_task()
-        await _end(*(t for t in asyncio.all_tasks() if t is not here))
+        await end(*(t for t in asyncio.all_tasks() if t is not here))
         await self.servers.close()
         await asyncio.get_running_loop().shutdown_asyncgens()
 
@@ -235,7 +226,7 @@ class Sender:
                         raise LostConnectionError("it does not say which models it has") from error
         return self.model
 
-    def _whole(self, answer: Answer, job: Job, server: Server, timings: Timings) -> Generation:
+    def _whole(self, answer: Answer, job: Job, server: Server, took: Timings) -> Generation:
         if answer.finish is None or answer.aborted:
             raise LostConnectionError("it gave the request up" if answer.aborted else "the answer has no end")
         if answer.extra is not None:
@@ -246,31 +237,4 @@ class Sender:
                 hint="Install kvroute in the server's environment and start it with --kv-transfer-config "
                 '\'{"kv_connector":"KVRouteConnector","kv_role":"kv_producer"}\'.',
             )
-        return answer.generation(job.ask, timings, info=self._info)
-
-
-async def _unless(cancel: CancelToken | None, work: Coroutine[Any, Any, T]) -> T | None:
-    """The work's result, or None where it was cancelled before; then its connection is closed."""
-    if cancel is None:
-        return await work
-    task = asyncio.ensure_future(work)
-    try:
-        while not task.done():
-            if cancel.cancelled:
-                return None
-            await asyncio.wait([task], timeout=_TICK)
-        return task.result()
-    finally:
-        await _end(task)
-
-
-async def _end(*tasks: asyncio.Task[Any]) -> None:
-    for task in tasks:
-        task.cancel()
-    await asyncio.gather(*tasks, return_exceptions=True)
-
-
-def _timings(began: float, first: float | None) -> Timings:
-    now = time.monotonic()
-    start = began if first is None else first
-    return Timings(start - began, now - start, 0.0)
+        return answer.generation(job.ask, took, info=self._info)

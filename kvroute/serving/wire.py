@@ -124,6 +124,11 @@ class _Usage(_Part):
     prompt_tokens_details: _Details | None = None
 
 
+def completion_usage(prompt: int, cached: int) -> _Usage:
+    """The tokens of a prompt, where no server counts them; those of the answer are counted as they come."""
+    return _Usage(prompt_tokens=prompt, completion_tokens=None, prompt_tokens_details=_Details(cached_tokens=cached))
+
+
 class _Logprobs(_Part):
     top_logprobs: list[dict[str, float]] | None = None
 
