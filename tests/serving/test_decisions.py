@@ -253,7 +253,7 @@ def test_the_same_answers_as_on_transformers(thinker, tmp_path):
 
 def test_preemption_and_a_tiny_cache(thinker, tmp_path):
     jobs = [{"asks": [{"policy": "two"}] * len(thinker.prompts)}]
-    engine = {"block_size": 16, "num_gpu_blocks_override": 41, "max_model_len": 256, "max_num_batched_tokens": 128}
+    engine = {"block_size": 32, "num_gpu_blocks_override": 25, "max_model_len": 256, "max_num_batched_tokens": 128}
     (two,), counts = serve(thinker, tmp_path, engine, jobs)
     assert counts[0]["preemptions"] > 0
     thinker.check("two", two)
