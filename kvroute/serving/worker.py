@@ -1,7 +1,9 @@
 """What runs in the engine's worker: after each forward pass, one call reads what all requests just got.
 
 An answer's sums and chains are fed with its new tokens; a prompt is pooled once, when it is whole. State is flat in
-an answer's length. Pure torch: tested without an engine.
+an answer's length. What a step costs, is what its passes over the new tokens' keys and values cost: only layers that
+are asked for are read, each token once, and sums over them are taken in float32 before they are added in float64.
+Pure torch: tested without an engine.
 """
 
 from __future__ import annotations
@@ -86,12 +88,23 @@ class _Rows:
 
 
 class _Gathered:
-    """Keys and values of T tokens of several requests, one gather a stack of layers."""
+    """Keys and values of T tokens of several requests, one gather a stack of layers.
 
-    def __init__(self, view: KVView, sequence: Tensor, position: Tensor) -> None:
+    Args:
+        view: the requests' pages.
+        sequence, position: ``[T]`` int64, whose token and which.
+        layers: that are read.
+    """
+
+    def __init__(self, view: KVView, sequence: Tensor, position: Tensor, layers: Sequence[int]) -> None:
         self.layers: dict[int, tuple[int, int]] = {}
         self.parts: list[tuple[Tensor, Tensor]] = []
-        for number, group in enumerate(view.groups):
+        wanted = set(layers)
+        for group in view.groups:
+            places = [place for place, layer in enumerate(group.layers) if layer in wanted]
+            if not places:
+                continue
+            low, high = places[0], places[-1] + 1
             table, size = group.table, group.page_size
             slot = position + table.offset[sequence]
             page = table.pages[sequence, slot // size]
@@ -101,8 +114,8 @@ class _Gathered:
                 )
             row = slot % size
             # [T, G, H, D]: the two index tensors lead
-            self.parts.append((group.keys[:, page, :, row], group.values[:, page, :, row]))
-            self.layers |= {layer: (number, place) for place, layer in enumerate(group.layers)}
+            self.layers |= {group.layers[place]: (len(self.parts), place - low) for place in places}
+            self.parts.append((group.keys[low:high, page, :, row], group.values[low:high, page, :, row]))
 
     def pick(self, layers: Sequence[int], part: int) -> Tensor:
         """``[T, n, H, D]`` float32 of some layers, in their order; part 0 are keys, 1 values."""
@@ -115,6 +128,25 @@ class _Gathered:
                 return whole[:, wanted[0] : wanted[0] + len(wanted)].float()
             return whole[:, wanted].float()
         return torch.stack([self.parts[g][part][:, p].float() for g, p in places], dim=1)
+
+
+@dataclass(slots=True)
+class _Tokens:
+    """T tokens of R requests, those of each behind one another.
+
+    Attributes:
+        sequence: ``[T]``, whose.
+        position: ``[T]``, from the prompt's start.
+        new: ``[T]`` bool, whether it came in this step; the others may leave a window.
+    """
+
+    sequence: Tensor
+    position: Tensor
+    new: Tensor
+
+    def where(self, chosen: Tensor) -> _Tokens:
+        """Some of them."""
+        return _Tokens(self.sequence[chosen], self.position[chosen], self.new[chosen])
 
 
 class WorkerSide:
@@ -154,6 +186,7 @@ class WorkerSide:
         self._results: StepResults | None = None
         self._done: StepMeta | None = None
         self._logged = 0
+        self._lost = 0
         self._touched = False  # state was changed, so what was read can't be read a second time
 
     @property
@@ -168,34 +201,70 @@ class WorkerSide:
         self._done = meta
         began = time.perf_counter()
         for request in meta.finished:
-            self.drop(request)
-        if not meta.requests:
+            try:
+                self.drop(request)
+            except Exception as error:  # noqa: BLE001 - the engine must not see it
+                self.failed(error)
+        if not meta.requests and not meta.finished:
             return
         results = StepResults(copy=self._copy)
-        for asked in meta.requests:
-            if asked.force is not None:
-                self._board.put(asked.id, *asked.force)
-        results.looks = self._looker.take(meta.requests)
-        self._guarded([r for r in meta.requests if r.prompt or r.high > r.low], results)
+        try:
+            self._work(meta.requests, results)
+        except Exception as error:  # noqa: BLE001 - the engine must not see it
+            self._give_up(meta.requests, error, results)
+        results.held = len(self._asked) + len(self._board)
         results.seconds = time.perf_counter() - began
         self._results = results
+
+    def failed(self, error: Exception) -> None:
+        """Something failed that no request can be named for: count it, and say so with the next results."""
+        self._lost += 1
+        if self._logged < _LOGGED:
+            self._logged += 1
+            _log.warning("kvroute failed in the worker.", exc_info=error)
+
+    def read(self, requests: Sequence[StepRequest]) -> StepResults:
+        """Read at once, between two steps: what requests that end were waiting with. Raises nothing."""
+        results = StepResults(copy=self._copy)
+        self._guarded(requests, results)
+        return results
 
     def results(self) -> StepResults | None:
         """What the last step read, once; None if there is nothing."""
         results, self._results = self._results, None
+        lost, self._lost = self._lost + self._board.faults, 0
+        self._board.faults = 0
+        if lost:
+            results = StepResults(copy=self._copy) if results is None else results
+            results.lost += lost
         return results
 
     def drop(self, request: str) -> None:
         """Forget a request."""
         self._board.drop(request)
-        self._forget(request)
-
-    def _forget(self, request: str) -> None:
         asked = self._asked.pop(request, None)
         if asked is not None:
             self._rows.give(asked.slot)
 
     # ------------------------------------------------------------------ reading
+
+    def _work(self, requests: Sequence[StepRequest], results: StepResults) -> None:
+        for asked in requests:
+            if asked.force is not None:
+                self._board.put(asked.id, *asked.force)
+        results.looks = self._looker.take(requests)
+        self._guarded([r for r in requests if r.prompt or r.high > r.low], results)
+
+    def _give_up(self, requests: Sequence[StepRequest], error: Exception, results: StepResults) -> None:
+        """These requests get no features any more. What is forced stays: an answer keeps its mode."""
+        if self._logged < _LOGGED:
+            self._logged += 1
+            _log.warning("kvroute could not read %s.", [r.id for r in requests], exc_info=error)
+        for request in requests:
+            results.faults[request.id] = public_text(error)
+            asked = self._asked.pop(request.id, None)
+            if asked is not None:
+                self._rows.give(asked.slot)
 
     def _guarded(self, requests: Sequence[StepRequest], results: StepResults) -> None:
         """Read; where that fails, each request by itself, so that a fault costs its own request alone."""
@@ -210,12 +279,7 @@ class WorkerSide:
                 for request in requests:
                     self._guarded([request], results)
                 return
-            if self._logged < _LOGGED:
-                self._logged += 1
-                _log.warning("kvroute could not read %s.", [r.id for r in requests], exc_info=error)
-            for request in requests:
-                results.faults[request.id] = public_text(error)
-                self._forget(request.id)  # what is forced stays: an answer keeps its mode
+            self._give_up(requests, error, results)
             return
         results.extend(commit)
 
@@ -271,45 +335,62 @@ class WorkerSide:
     def _feed(self, requests: Sequence[StepRequest], results: StepResults) -> None:
         starts = [r.low - r.window for r in requests]
         view = self._view(requests, [r.high for r in requests], starts)
-        device = view.lengths.device
         low = torch.tensor([r.low for r in requests])
         begin = torch.tensor(starts)
         size = torch.tensor([r.high for r in requests]) - begin
         sequence = torch.repeat_interleave(torch.arange(len(requests)), size)
         position = torch.arange(len(sequence)) - (size.cumsum(0) - size)[sequence] + begin[sequence]
-        slots = torch.tensor([self._asked[r.id].slot for r in requests])
-        got = _Gathered(view, sequence.to(device), position.to(device))
+        tokens = _Tokens(sequence, position, position >= low[sequence])
         by_key: dict[str, list[int]] = {}
         for i, r in enumerate(requests):
             for key in self._asked[r.id].answer:
                 by_key.setdefault(key, []).append(i)
-        chains = [i for i, r in enumerate(requests) if self._asked[r.id].chain]
-        commits = []
+        pooled = []
         for key, rows in by_key.items():
             spec = self._asked[requests[rows[0]].id].answer[key]
-            signs = self._weights(spec, requests, sequence, position, low)
-            commits.append((key, rows, spec, signs))
-        norms = None
+            signs = self._weights(spec, requests, tokens, low)
+            signs[~_among(sequence, rows)] = 0
+            pooled.append((key, rows, spec, signs))
+        chains = [i for i, r in enumerate(requests) if self._asked[r.id].chain]
+        # Tokens that leave a window are read again, for the layers of that window alone.
+        windowed = [p for p in pooled if window_of(p[2]) is not None]
+        plain = [p for p in pooled if window_of(p[2]) is None]
+        fresh, feeds = tokens.new, []
+        for some, chosen in ((plain, fresh), (windowed, _any([signs != 0 for *_, signs in windowed]))):
+            layers = {layer for _, _, spec, _ in some for layer in spec.read_layers(self._num_layers)}
+            if some is plain and chains:
+                layers |= set(range(self._num_layers))
+            if not layers:
+                continue
+            part = tokens if bool(chosen.all()) else tokens.where(chosen)
+            got = self._gathered(view, part, sorted(layers))
+            feeds.append((some, chosen, part, got))
+        slots = torch.tensor([self._asked[r.id].slot for r in requests])
         self._touched = True
-        if chains:
-            norms = self._feed_chains(got, requests, chains, sequence, position, low, slots)
-        for key, rows, spec, signs in commits:
-            results.sums[key] = self._add_sums(got, key, rows, spec, signs, sequence, slots, requests)
-        results.norms = norms
+        for some, chosen, part, got in feeds:
+            if some is plain and chains:
+                results.norms = self._feed_chains(got, requests, chains, part, slots)
+            for key, rows, spec, signs in some:
+                results.sums[key] = self._add_sums(got, key, rows, spec, signs[chosen], part, slots, requests)
+        results.read = {r.id: r.high for r in requests}
 
-    def _weights(
-        self, spec: PoolingSpec, requests: Sequence[StepRequest], sequence: Tensor, position: Tensor, low: Tensor
-    ) -> Tensor:
-        """``[T]`` float64, how much each gathered token is added: negative where it leaves the window."""
-        begin = torch.tensor([r.answer_start for r in requests])[sequence]
-        high = torch.tensor([r.high for r in requests])[sequence]
+    @staticmethod
+    def _gathered(view: KVView, tokens: _Tokens, layers: Sequence[int]) -> _Gathered:
+        device = view.lengths.device
+        return _Gathered(view, tokens.sequence.to(device), tokens.position.to(device), layers)
+
+    def _weights(self, spec: PoolingSpec, requests: Sequence[StepRequest], tokens: _Tokens, low: Tensor) -> Tensor:
+        """``[T]`` float64, how much each token is added: negative where it leaves the window."""
+        sequence, position, new = tokens.sequence, tokens.position, tokens.new
         window = window_of(spec)
-        new = position >= low[sequence]
         if spec.tokens == "first":
+            begin = torch.tensor([r.answer_start for r in requests])[sequence]
             sign = (new & (position == begin)).double()
         elif window is None:
             sign = new.double()
         else:
+            begin = torch.tensor([r.answer_start for r in requests])[sequence]
+            high = torch.tensor([r.high for r in requests])[sequence]
             inside = position >= high - window
             was = (~new) & (position >= torch.maximum(low[sequence] - window, begin))
             sign = (new & inside).double() - (was & ~inside).double()
@@ -326,13 +407,17 @@ class WorkerSide:
         rows: list[int],
         spec: PoolingSpec,
         signs: Tensor,
-        sequence: Tensor,
+        tokens: _Tokens,
         slots: Tensor,
         requests: Sequence[StepRequest],
     ) -> Sums:
-        chosen = torch.isin(sequence, torch.tensor(rows)) & (signs != 0)
-        index = slots[sequence[chosen]]
         mine = slots[rows]
+        chosen = signs != 0
+        every = bool(chosen.all())
+        sequence = tokens.sequence if every else tokens.sequence[chosen]
+        signs = signs if every else signs[chosen]
+        row = _places(len(requests), rows)[sequence]
+        plain = bool((signs == 1).all())
         out: list[Array | None] = []
         for part, letter in enumerate("kv"):
             if letter not in spec.part:
@@ -340,55 +425,86 @@ class WorkerSide:
                 continue
             x = got.pick(spec.read_layers(self._num_layers), part)
             device = x.device
+            x = x if every else x[chosen.to(device)]
+            if not plain:
+                x = x * signs.to(device, torch.float32)[:, None, None, None]
             state = self._rows.get(f"{key}|{letter}", x.shape[1:], torch.float64, device)
-            w = signs[chosen].to(device)
-            state.index_add_(0, index.to(device), x[chosen.to(device)].double() * w[:, None, None, None])
-            out.append(_numpy(state[mine.to(device)]))
+            place = mine.to(device)
+            summed = state[place] + _sums_by_row(x, row.to(device), len(rows))
+            state[place] = summed
+            out.append(_numpy(summed))
         total = self._rows.get(f"{key}|w", (), torch.float64, torch.device("cpu"))
-        total.index_add_(0, index, signs[chosen])
+        total[mine] += torch.zeros(len(rows), dtype=torch.float64).index_add_(0, row, signs)
         return Sums([requests[i].id for i in rows], out[0], out[1], total[mine].numpy())
 
     def _feed_chains(
-        self,
-        got: _Gathered,
-        requests: Sequence[StepRequest],
-        rows: list[int],
-        sequence: Tensor,
-        position: Tensor,
-        low: Tensor,
-        slots: Tensor,
+        self, got: _Gathered, requests: Sequence[StepRequest], rows: list[int], tokens: _Tokens, slots: Tensor
     ) -> Norms:
-        chosen = torch.isin(sequence, torch.tensor(rows)) & (position >= low[sequence])
         layers = tuple(range(self._num_layers))
-        x = torch.cat([got.pick(layers, part)[chosen].flatten(2) for part in (0, 1)], dim=2)  # [T, L, F]
-        device = x.device
+        parts = [got.pick(layers, part).flatten(2) for part in (0, 1)]  # [T, L, F]
+        sequence = tokens.sequence
+        if len(rows) < len(requests):
+            chosen = _among(sequence, rows)
+            sequence = sequence[chosen]
+            parts = [x[chosen.to(x.device)] for x in parts]
+        device = parts[0].device
+        row = _places(len(requests), rows)[sequence].to(device)
         counts = torch.tensor([requests[i].high - requests[i].low for i in rows])
         mine = slots[rows].to(device)
-        per_token = torch.repeat_interleave(mine, counts.to(device))
         last_at = (counts.cumsum(0) - 1).to(device)
         first_at = last_at - counts.to(device) + 1
-        z = x.mean(dim=1)
+        z = torch.cat([x.mean(dim=1) for x in parts], dim=1)
         first = self._rows.get("chain|first", z.shape[1:], torch.float32, device)
         last = self._rows.get("chain|last", z.shape[1:], torch.float32, device)
-        sums = self._rows.get("chain|layers", x.shape[1:], torch.float64, device)
         fresh = torch.tensor([requests[i].low == requests[i].answer_start for i in rows], device=device)
         before = torch.cat([z[:1], z[:-1]])
         before[first_at] = torch.where(fresh[:, None], z[first_at], last[mine])
         steps = torch.stack([_square(z - before), _square(z)], dim=1)
         first[mine] = torch.where(fresh[:, None], z[first_at], first[mine])
         last[mine] = z[last_at]
-        sums.index_add_(0, per_token, x.double())
-        by_layer = sums[mine]
-        moves = _square(by_layer[:, 1:] - by_layer[:, :-1])
-        moves = torch.cat([torch.zeros_like(moves[:, :1]), moves], dim=1)
+        norm, move, span = [], [], []
+        for x, letter in zip(parts, "kv", strict=True):
+            state = self._rows.get(f"chain|layers|{letter}", x.shape[1:], torch.float64, device)
+            by_layer = state[mine] + _sums_by_row(x, row, len(rows))
+            state[mine] = by_layer
+            norm.append(_square(by_layer))
+            move.append(_square(by_layer[:, 1:] - by_layer[:, :-1]))
+            span.append(_square(by_layer[:, -1] - by_layer[:, 0]))
+        moves = torch.nn.functional.pad(move[0] + move[1], (1, 0))
         return Norms(
             [requests[i].id for i in rows],
             counts.numpy(),
             steps.cpu().numpy(),
             _square(last[mine] - first[mine]).cpu().numpy(),
-            torch.stack([moves, _square(by_layer)], dim=2).cpu().numpy(),
-            _square(by_layer[:, -1] - by_layer[:, 0]).cpu().numpy(),
+            torch.stack([moves, norm[0] + norm[1]], dim=2).cpu().numpy(),
+            (span[0] + span[1]).cpu().numpy(),
         )
+
+
+def _among(sequence: Tensor, rows: Sequence[int]) -> Tensor:
+    """``[T]`` bool, whether a token is of one of these requests."""
+    return torch.isin(sequence, torch.tensor(rows))
+
+
+def _any(masks: Sequence[Tensor]) -> Tensor:
+    return torch.stack(list(masks)).any(dim=0) if masks else torch.zeros(0, dtype=torch.bool)
+
+
+def _places(count: int, rows: Sequence[int]) -> Tensor:
+    """``[count]``, by request its place among ``rows``."""
+    places = torch.zeros(count, dtype=torch.int64)
+    places[rows] = torch.arange(len(rows))
+    return places
+
+
+def _sums_by_row(x: Tensor, row: Tensor, rows: int) -> Tensor:
+    """``[T, ...]`` float32 summed into ``[rows, ...]``; ``row`` is ``[T]`` and rises."""
+    if x.shape[0] == rows:  # a token each, as in most steps (none has none: then it would not be here)
+        counts = torch.bincount(row, minlength=rows)
+        if bool((counts == 1).all()):
+            return x
+    out = torch.zeros(rows, *x.shape[1:], dtype=x.dtype, device=x.device)
+    return out.index_add_(0, row, x)
 
 
 def _sif(request: StepRequest, a: float) -> Array:
