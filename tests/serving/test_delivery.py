@@ -1,7 +1,8 @@
 """Every way of getting an answer from a real vLLM server has kvroute's result: read with the stock openai client.
 
-kvroute runs beside another connector here (vLLM's MultiConnector). What is asked for and how it was delivered must
-not change what is read: each result is compared to the plain request's with the same tokens.
+The model is the tiny thinker with its policy. kvroute runs beside another connector here (vLLM's MultiConnector).
+What is asked for and how it was delivered must not change what is read: each result is compared to the plain
+request's with the same tokens.
 """
 
 from __future__ import annotations
@@ -20,14 +21,15 @@ import numpy as np
 import openai
 import pytest
 
-from kvroute.models import bundled_path
 from kvroute.serving.answers import Result
 from tests.serving.http_server import CONNECTOR, serving
+from tests.serving.processes import ROOT
 
 pytestmark = pytest.mark.vllm
-PROMPT = "One, two, three, four,"
-OTHERS = ["The capital of France is", "Water boils at"]
-CHAT: Any = [{"role": "user", "content": "Name a colour."}]
+THINKER = ROOT / "examples" / "tiny_thinker"
+PROMPT = "run a=2 b=9;1a+6;2a=1;3b+9;4b=8;5a+7"
+OTHERS = ["map:g>m,f>92,d>37,c>49,m>j,e>m,k>f", "run ok next a=4 b=9"]
+CHAT: Any = [{"role": "user", "content": PROMPT}]
 FEATURES = ["prompt:paper-mteb", "answer:paper-mteb", "kv-coe", "length"]
 ASK = {"kv_transfer_params": {"kvroute": {"features": FEATURES}}}
 
@@ -48,10 +50,12 @@ def url(tmp_path_factory: pytest.TempPathFactory, stored: Path) -> Iterator[str]
     multi = {
         "kv_connector": "MultiConnector",
         "kv_role": "kv_both",
-        "kv_connector_extra_config": {"connectors": [CONNECTOR, other]},
+        "kv_connector_extra_config": {
+            "connectors": [{**CONNECTOR, "kv_connector_extra_config": {"policies": str(THINKER)}}, other]
+        },
     }
     log = tmp_path_factory.mktemp("server") / "log"
-    with serving(bundled_path("smollm2"), log, transfer=multi) as it:
+    with serving(THINKER / "model", log, "--no-async-scheduling", transfer=multi) as it:
         yield it
     assert "kvroute could not" not in log.read_text()
 
@@ -65,6 +69,7 @@ def client(url: str) -> Iterator[openai.OpenAI]:
 def complete(client: openai.OpenAI, prompt: Any = PROMPT, **more: Any) -> tuple[Any, Any]:
     """An answer, and what kvroute says about it."""
     options = {"max_tokens": 12, "temperature": 0, "extra_body": ASK} | more
+    options["extra_body"] = {"ignore_eos": True, **options["extra_body"]}
     answer: Any = client.completions.create(model="model", prompt=prompt, **options)
     if options.get("stream"):
         answer = list(answer)
@@ -100,13 +105,14 @@ def test_streams(client):
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_stop_string(client, stream):
     plain, _ = complete(client)
-    stop = plain.choices[0].text.split(",")[2]
+    text = plain.choices[0].text
+    stop = next(text[i : i + 2] for i in range(4, len(text)) if text.find(text[i : i + 2]) == i)
     more = {"stream": True, "stream_options": {"include_usage": True}} if stream else {}
     told, found = complete(client, stop=stop, **more)
     behind = found["tokens"]["behind_stop"]
     assert 0 <= behind <= 2
     written = (told[-1] if stream else told).usage.completion_tokens
-    assert 2 < written < 12
+    assert 2 < written <= 12
     check(found, complete(client, max_tokens=written + behind)[1])
 
 
@@ -274,23 +280,62 @@ def test_other_connectors_keys_and_ids_of_others(url, client):
     check(complete(client)[1], expected)
 
 
-# ---------------------------------------------------------------------- metrics
+# ---------------------------------------------------------------------- headers and metrics
 
 
-def test_metrics(url, client):
-    def read() -> dict[str, float]:
-        text = urllib.request.urlopen(f"{url}/metrics", timeout=10).read().decode()
-        return {m[1]: float(m[2]) for m in re.finditer(r"^(vllm:kvroute_\S+) (\S+)$", text, re.MULTILINE)}
+def value(now: dict[str, float], name: str, **labels: str) -> float:
+    """Sum of a metric's series with these labels."""
+    wanted = [f'{k}="{v}"' for k, v in {**labels, "engine": "0", "model_name": "model"}.items()]
+    return sum(v for k, v in now.items() if k.startswith(f"vllm:kvroute_{name}{{") and all(w in k for w in wanted))
 
-    def value(now: dict[str, float], name: str, **labels: str) -> float:
-        wanted = [f'{k}="{v}"' for k, v in {**labels, "engine": "0", "model_name": "model"}.items()]
-        return sum(v for k, v in now.items() if k.startswith(f"vllm:kvroute_{name}{{") and all(w in k for w in wanted))
 
-    before = read()
+def metrics(url: str) -> dict[str, float]:
+    """kvroute's, by name with labels."""
+    text = urllib.request.urlopen(f"{url}/metrics", timeout=10).read().decode()
+    return {m[1]: float(m[2]) for m in re.finditer(r"^(vllm:kvroute_\S+) (\S+)$", text, re.MULTILINE)}
+
+
+def test_decisions_are_in_headers_and_metrics(url, client):
+    before = metrics(url)
+    asks = [{"policy": "policy"}, {"policy": "policy", "shadow": True}, {"mode": "fast"}, {"mode": "slow"}]
+    options = {"model": "model", "messages": CHAT, "max_tokens": 150, "temperature": 0}
+    found, difficulties = [], []
+    for ask in asks:
+        raw = client.chat.completions.with_raw_response.create(
+            **options, extra_body={"kv_transfer_params": {"kvroute": ask}}
+        )
+        answer: Any = raw.parse()
+        result = Result.from_dict(answer.model_extra["kv_transfer_params"]["kvroute"])
+        assert result.error is None
+        assert result.decision is not None
+        found.append(result.decision)
+        assert raw.headers["x-kvroute-mode"] == result.decision.final_mode
+        told = raw.headers.get("x-kvroute-difficulty")
+        assert (told is None) == (result.decision.difficulty is None)
+        if told is not None:
+            assert float(told) == pytest.approx(result.decision.difficulty, rel=1e-3)
+            difficulties.append(result.decision.difficulty)
+    assert [d.why for d in found[1:]] == ["shadow", "forced", "forced"]
+    after = metrics(url)
+
+    def grown(name: str, **labels: str) -> float:
+        return value(after, name, **labels) - value(before, name, **labels)
+
+    for decision, policy in zip(found, ("policy", "policy", "", ""), strict=True):
+        assert grown("decisions_total", policy=policy, mode=decision.final_mode, why=decision.why) == 1
+    assert grown("switches_total") == (found[0].switch is not None)
+    assert grown("difficulty_count") == len(difficulties) == 2
+    assert grown("difficulty_sum") == pytest.approx(sum(difficulties))
+    for asked, count in (("policy", 2), ("shadow", 1), ("mode", 2), ("features", 0)):
+        assert grown("requests_total", asked=asked) == count
+
+
+def test_metrics_of_features_and_time(url, client):
+    before = metrics(url)
     complete(client)
     complete(client, extra_body={"kv_transfer_params": {"kvroute": {"features": ["no such"]}}})
     complete(client, extra_body={})
-    after = read()
+    after = metrics(url)
 
     def grown(name: str, **labels: str) -> float:
         return value(after, name, **labels) - value(before, name, **labels)
