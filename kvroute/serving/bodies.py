@@ -121,7 +121,10 @@ def with_results(
         result = results.get(place)
         if result is None and not several and isinstance(own, dict):
             result = own  # vLLM brought it itself
-        result = Result(error=why).to_dict() if result is None else dict(result)
+        if result is None:
+            found.append(Result(error=why).to_dict())
+            continue
+        result = dict(result)
         if index in stopped and isinstance(result.get("tokens"), dict):
             result["tokens"] = {**result["tokens"], "behind_stop": _behind(body, result["tokens"], known)}
         found.append(result)

@@ -197,6 +197,8 @@ async def test_tokens_behind_a_stop_string_are_told():
     given = {"kv_transfer_params": {"kvroute": {"features": ["length"], "answer_from": 1}}}
     body = (await server.call({"prompt": "a", **given}, COMPLETION))[2]
     assert json.loads(body)["kv_transfer_params"]["kvroute"]["tokens"]["behind_stop"] is None
+    body = (await Server(server.answer).call({"prompt": "a", **ASK}, COMPLETION))[2]
+    assert "behind_stop" not in json.loads(body)["kv_transfer_params"]["kvroute"]["tokens"]
     by_token = {"choices": [{**choice, "stop_reason": 17}], "usage": {"completion_tokens": 5}}
     body = (await Server(by_token, {"cmpl-X-0": result(5)}).call({"prompt": "a", **ASK}, COMPLETION))[2]
     assert "behind_stop" not in json.loads(body)["kv_transfer_params"]["kvroute"]["tokens"]
