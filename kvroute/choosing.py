@@ -50,6 +50,33 @@ class Reading:
     nearest: list[Neighbour] = field(default_factory=list)
 
 
+def unmet_need(policy: Policy, head: DifficultyHead | None) -> tuple[str, str] | None:
+    """What a policy needs and a head does not give, and a hint; None where all is there.
+
+    Args:
+        policy: to be used.
+        head: that would read its difficulties, or None.
+    """
+    if not policy.reads_difficulty:
+        return None
+    if head is None:
+        return (
+            f"A {policy.kind} policy reads a difficulty, and there is no head.",
+            "Pass head=, or train one: kvroute train.",
+        )
+    if head.target != "difficulty":
+        return (
+            f"A {policy.kind} policy reads a difficulty, and its head has the target {head.target!r}.",
+            "Train one with the target 'difficulty'.",
+        )
+    if policy.kind == "two-step" and head.windows is None:
+        return (
+            "A two-step policy looks again in mid-answer, and the head has no part for that.",
+            "Label with --checkpoints and train again, or use a one-step policy.",
+        )
+    return None
+
+
 class Chooser:
     """The part of a :class:`~kvroute.Router` that decides. It knows no model: vectors are handed to it. Thread-safe.
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Self, TypeVar
 
+from kvroute.choosing import unmet_need
 from kvroute.drift import DriftMonitor
 from kvroute.errors import AskError, FileFormatError, InvalidInputError, ModelMismatchError, fault_text
 from kvroute.heads.head import CONFIG, DifficultyHead
@@ -158,15 +159,10 @@ def _load_policy(path: Path, head_in: Callable[[Path], DifficultyHead]) -> Serve
     others = [t for t in policy.targets if t not in ("fast", "slow")]
     if others:
         raise _UnfitError("it names targets other than fast and slow, and a server has no others")
-    if policy.reads_difficulty and policy.head is None:
-        raise _UnfitError(f"a {policy.kind} policy reads a difficulty, and it names no head")
-    head = None
-    if policy.reads_difficulty and policy.head is not None:
-        head = head_in(path.parent / policy.head)
-        if head.target != "difficulty":
-            raise _UnfitError(f"its head has the target {head.target}, not difficulty")
-        if policy.kind == "two-step" and head.windows is None:
-            raise _UnfitError("it looks again in mid-answer, and its head has no part for that")
+    head = head_in(path.parent / policy.head) if policy.reads_difficulty and policy.head is not None else None
+    need = unmet_need(policy, head)
+    if need is not None:
+        raise _UnfitError(need[0][0].lower() + need[0][1:].rstrip("."))
     drift = None if policy.drift is None or head is None else DriftMonitor.load(path.parent / policy.drift)
     return ServedPolicy(policy, head, drift)
 

@@ -144,8 +144,8 @@ def test_a_broken_default_is_told_to_each_request(folders: dict[str, Any], tmp_p
 @pytest.mark.parametrize(
     ("policy", "head", "reason"),
     [
-        (Policy(), None, "names no head"),
-        (Policy(head="head"), a_head(target="correct"), "target correct"),
+        (Policy(), None, "there is no head"),
+        (Policy(head="head"), a_head(target="correct"), "target 'correct'"),
         (Policy(kind="two-step", head="head"), a_head(), "no part for that"),
         (Policy(thresholds=(1.0, 2.0), targets=("fast", "slow", "big"), head="head"), a_head(), "targets other than"),
     ],
