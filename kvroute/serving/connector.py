@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -19,6 +20,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 )
 from vllm.distributed.kv_transfer.kv_connector.v1.metrics import KVConnectorPromMetrics, KVConnectorStats
 
+from kvroute.serving.answers import public_text
 from kvroute.serving.asks import KEY
 from kvroute.serving.config import ServingConfig
 from kvroute.serving.forcing import REQUEST_KEY
@@ -35,6 +37,7 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger(__name__)
 _T = TypeVar("_T")
+_UNREAD = "What a worker read of it was lost."
 
 
 @dataclass
@@ -53,22 +56,39 @@ class StepAnswer(KVConnectorWorkerMetadata):  # type: ignore[misc]
     def aggregate(self, other: KVConnectorWorkerMetadata) -> KVConnectorWorkerMetadata:
         """With the next rank's."""
         assert isinstance(other, StepAnswer)
-        return StepAnswer(self.results.merge(other.results))
-
-
-def _timed(hook: Callable[..., _T]) -> Callable[..., _T]:
-    """A hook of the scheduler's side whose time is counted."""
-
-    @functools.wraps(hook)
-    def timed(self: KVRouteConnector, *args: Any, **kwargs: Any) -> _T:
-        began = time.perf_counter()
         try:
-            return hook(self, *args, **kwargs)
-        finally:
-            if self._scheduler is not None:
-                self._scheduler.tally.spent("scheduler", time.perf_counter() - began)
+            return StepAnswer(self.results.merge(other.results))
+        except Exception as error:  # noqa: BLE001 - the engine must not see it
+            _log.warning("kvroute could not join what two workers read.", exc_info=True)
+            ids = [*self.results.read, *other.results.read, *self.results.faults, *other.results.faults]
+            return StepAnswer(StepResults(faults=dict.fromkeys(ids, public_text(error)), lost=1))
 
-    return timed
+
+def _guarded(neutral: Callable[..., Any]) -> Callable[[Callable[..., _T]], Callable[..., _T]]:
+    """A hook that raises nothing: where it fails, that is counted and ``neutral(self, *its arguments)`` returned. The
+    time of the scheduler's side is counted, too."""
+
+    def wrap(hook: Callable[..., _T]) -> Callable[..., _T]:
+        @functools.wraps(hook)
+        def guarded(self: KVRouteConnector, *args: Any, **kwargs: Any) -> _T:
+            began = time.perf_counter()
+            try:
+                return hook(self, *args, **kwargs)
+            except Exception as error:  # noqa: BLE001 - the engine must not see it
+                self._failed(hook.__name__, error, args)
+                return neutral(self, *args, **kwargs)  # type: ignore[no-any-return]
+            finally:
+                if self._scheduler is not None:
+                    with contextlib.suppress(Exception):
+                        self._scheduler.tally.spent("scheduler", time.perf_counter() - began)
+
+        return guarded
+
+    return wrap
+
+
+def _nothing(*_: Any) -> None:
+    """What most hooks return."""
 
 
 class KVRouteConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
@@ -115,22 +135,46 @@ class KVRouteConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
             copy=rank % facts.replicas != 0,
         )
 
+    def _failed(self, hook: str, error: Exception, args: Sequence[Any]) -> None:
+        """Count a hook's failure; where a request ended in it, nothing of it is kept."""
+        try:
+            if self._worker is not None:
+                self._worker.failed(error)
+            if self._scheduler is not None:
+                self._scheduler.failed(error, args[0].request_id if hook.startswith("request_finished") else None)
+        except Exception:  # noqa: BLE001 - nothing is left to tell
+            _log.warning("kvroute failed twice in %s.", hook, exc_info=True)
+
+    def _read_nothing(self) -> StepAnswer | None:
+        """That what this rank read in the step is lost: half of a vector must not be taken for a whole one."""
+        message = self._get_connector_metadata() if self.has_connector_metadata() else None
+        if not isinstance(message, StepMessage) or not message.meta.requests:
+            return None
+        return StepAnswer(StepResults(faults={r.id: _UNREAD for r in message.meta.requests}))
+
     def _step(self) -> None:
         if self._worker is not None and self.has_connector_metadata():
             message = self._get_connector_metadata()
             if isinstance(message, StepMessage):
                 self._worker.step(message.meta)
 
+    @_guarded(_nothing)
     def finish_forward(self) -> None:
         self._step()
 
+    @_guarded(_nothing)
     def wait_for_save(self) -> None:
         self._step()
 
-    def get_finished(self, finished_req_ids: set[str]) -> tuple[set[str] | None, set[str] | None]:  # noqa: ARG002
+    @_guarded(lambda *_: (None, None))
+    def get_finished(self, finished_req_ids: set[str]) -> tuple[set[str] | None, set[str] | None]:
         self._step()
+        if self._worker is not None:
+            for request in finished_req_ids:  # known from the scheduler's side, too, unless that failed
+                self._worker.drop(request)
         return None, None
 
+    @_guarded(_read_nothing)
     def build_connector_worker_meta(self) -> KVConnectorWorkerMetadata | None:
         self._step()
         results = None if self._worker is None else self._worker.results()
@@ -138,8 +182,9 @@ class KVRouteConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
 
     # ------------------------------------------------------------------ statistics
 
+    @_guarded(_nothing)
     def get_kv_connector_stats(self) -> KVConnectorStats | None:
-        payload = None if self._scheduler is None else self._scheduler.tally.take()
+        payload = None if self._scheduler is None else self._scheduler.statistics()
         return None if payload is None else KVRouteStats(data=payload)
 
     @classmethod
@@ -168,7 +213,7 @@ class KVRouteConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         """Nobody waits for blocks of ours."""
         return False
 
-    @_timed
+    @_guarded(_nothing)
     def on_new_request(self, request: Any) -> None:
         if self._scheduler is not None:
             self._scheduler.on_request(
@@ -187,7 +232,7 @@ class KVRouteConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
     def update_state_after_alloc(self, request: Any, blocks: Any, num_external_tokens: int) -> None:
         """Nothing was loaded."""
 
-    @_timed
+    @_guarded(lambda *_: StepMessage())
     def build_connector_meta(self, scheduler_output: Any) -> KVConnectorMetadata:
         side = self._scheduler
         if side is None:
@@ -206,12 +251,13 @@ class KVRouteConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
             _log.exception("kvroute could not read the engine's schedule.")
         return StepMessage(side.step(scheduled))
 
-    @_timed
+    @_guarded(_nothing)
     def update_connector_output(self, connector_output: Any) -> None:
         if self._scheduler is not None:
             answer = connector_output.kv_connector_worker_meta
             self._scheduler.merge(answer.results if isinstance(answer, StepAnswer) else None)
 
+    @_guarded(lambda *_: (False, None))
     def request_finished(self, request: Any, block_ids: Any) -> tuple[bool, dict[str, Any] | None]:  # noqa: ARG002
         if self._scheduler is None:
             return False, None
@@ -219,7 +265,6 @@ class KVRouteConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         box = self._scheduler.finished(request.request_id, int(request.num_output_tokens), aborted=aborted)
         return False, None if box is None else {KEY: box}
 
-    @_timed
     def request_finished_all_groups(self, request: Any, block_ids: Any) -> tuple[bool, dict[str, Any] | None]:
         return self.request_finished(request, block_ids)
 

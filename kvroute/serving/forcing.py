@@ -19,10 +19,12 @@ class Board:
 
     Attributes:
         readers: logits processors that look at it; with none, nothing that is put here has any effect.
+        faults: exceptions in the logits processor that nobody was told of yet.
     """
 
     def __init__(self) -> None:
         self.readers = 0
+        self.faults = 0
         self._forced: dict[str, dict[int, tuple[int, ...]]] = {}
 
     def __len__(self) -> int:

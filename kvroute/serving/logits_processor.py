@@ -32,7 +32,7 @@ class ForcedTokens(LogitsProcessorV1, LogitsProcessorV2):  # type: ignore[misc]
         self._states: Any = rest[0] if len(rest) == 1 else None
         self._rows: dict[int, tuple[str, Any]] = {}  # V1: row -> request, its answer so far (a live list)
         self._slots: dict[int, str] = {}  # V2: slot -> request
-        self._failed = False
+        self._logged = False
         BOARD.readers += 1
 
     def is_argmax_invariant(self) -> bool:
@@ -45,6 +45,13 @@ class ForcedTokens(LogitsProcessorV1, LogitsProcessorV2):  # type: ignore[misc]
         """V1: rows were removed, added and moved, in this order."""
         if batch_update is None:
             return
+        try:
+            self._follow(batch_update)
+        except Exception:  # noqa: BLE001 - the engine must not see it
+            self._rows.clear()  # whose row is whose is not known any more, and nobody may get another one's tokens
+            self._fail()
+
+    def _follow(self, batch_update: Any) -> None:
         rows = self._rows
         for row in batch_update.removed:
             rows.pop(row, None)
@@ -64,7 +71,11 @@ class ForcedTokens(LogitsProcessorV1, LogitsProcessorV2):  # type: ignore[misc]
     def add_request(self, req_idx: int, sampling_params: Any) -> bool:
         """V2: a request takes a slot; returns whether anything may be forced into it."""
         self._slots.pop(req_idx, None)
-        request = _request_of(sampling_params)
+        try:
+            request = _request_of(sampling_params)
+        except Exception:  # noqa: BLE001 - the engine must not see it
+            self._fail()
+            return False
         if request is None:
             return False
         self._slots[req_idx] = request
@@ -84,10 +95,14 @@ class ForcedTokens(LogitsProcessorV1, LogitsProcessorV2):  # type: ignore[misc]
                 logits[rows] = -torch.inf
                 logits[rows, tokens] = 0.0
         except Exception:  # noqa: BLE001 - the engine must not see it
-            if not self._failed:
-                self._failed = True
-                _log.exception("kvroute could not force a token.")
+            self._fail()
         return logits
+
+    def _fail(self) -> None:
+        BOARD.faults += 1
+        if not self._logged:
+            self._logged = True
+            _log.exception("kvroute could not force a token.")
 
     def _due_v1(self) -> list[tuple[int, int]]:
         return [

@@ -176,6 +176,9 @@ class StepResults:
         norms: of the chains, or None.
         looks: by request; every rank of a tensor-parallel group has the same.
         faults: by request, why it gets no features any more.
+        read: by request, the token up to which its answer is in the sums and norms.
+        lost: exceptions since the last results that no request can be named for.
+        held: requests that the worker holds state for.
         seconds: time spent in our code.
         copy: this rank holds the same heads as the one before it, so its numbers are left out.
     """
@@ -184,6 +187,9 @@ class StepResults:
     norms: Norms | None = None
     looks: dict[str, Looked] = field(default_factory=dict)
     faults: dict[str, str] = field(default_factory=dict)
+    read: dict[str, int] = field(default_factory=dict)
+    lost: int = 0
+    held: int = 0
     seconds: float = 0.0
     copy: bool = False
 
@@ -196,14 +202,20 @@ class StepResults:
             self.norms = part.norms if self.norms is None else self.norms.extend(part.norms)
         self.looks |= part.looks
         self.faults |= part.faults
+        self.read |= part.read
 
     def merge(self, other: StepResults) -> StepResults:
         """This rank's with the next rank's. What only one of them has, is a fault of the requests it is about."""
         faults = {**other.faults, **self.faults}
         looks = {**other.looks, **self.looks}
-        seconds = max(self.seconds, other.seconds)
+        rest: dict[str, Any] = {
+            "read": {k: min(n, other.read.get(k, n)) for k, n in {**other.read, **self.read}.items()},
+            "lost": self.lost + other.lost,
+            "held": max(self.held, other.held),
+            "seconds": max(self.seconds, other.seconds),
+        }
         if other.copy:
-            return StepResults(self.sums, self.norms, looks, faults, seconds)
+            return StepResults(self.sums, self.norms, looks, faults, **rest)
         sums: dict[str, Sums] = {}
         for key in self.sums.keys() | other.sums.keys():
             a, b = self.sums.get(key), other.sums.get(key)
@@ -216,7 +228,7 @@ class StepResults:
             norms = self.norms.add(other.norms)
         elif self.norms is not None or other.norms is not None:
             faults = {**dict.fromkeys(_ids(self.norms) + _ids(other.norms), _APART), **faults}
-        return StepResults(sums, norms, looks, faults, seconds)
+        return StepResults(sums, norms, looks, faults, **rest)
 
 
 _APART = "The ranks of the tensor-parallel group read different things."

@@ -41,11 +41,19 @@ class KVRouteStats(KVConnectorStats):  # type: ignore[misc]
 
     def aggregate(self, other: KVConnectorStats) -> KVConnectorStats:
         """With another one's, without results."""
-        return KVRouteStats(data=joined(self.data, other.data))
+        try:
+            return KVRouteStats(data=joined(self.data, other.data))
+        except Exception:  # noqa: BLE001 - it runs in the loop that hands out everybody's answers
+            _log.warning("kvroute could not join its statistics.", exc_info=True)
+            return KVRouteStats(data=dict(other.data))
 
     def reduce(self) -> dict[str, int | float]:
         """For the log."""
-        return summary(self.data)
+        try:
+            return summary(self.data)
+        except Exception:  # noqa: BLE001 - see above
+            _log.warning("kvroute could not sum its statistics up.", exc_info=True)
+            return {}
 
     def is_empty(self) -> bool:
         """Whether there is nothing in it."""
@@ -77,6 +85,12 @@ class KVRouteMetrics(KVConnectorPromMetrics):  # type: ignore[misc]
             multiprocess_mode="mostrecent",
             labelnames=labelnames,
         )
+        self._held = self._gauge_cls(
+            name=PREFIX + "held",
+            documentation="Requests that kvroute keeps something for in the engine, by side; 0 when all have ended.",
+            multiprocess_mode="mostrecent",
+            labelnames=[*labelnames, "side"],
+        )
         for values in per_engine_labelvalues.values():
             self._off.labels(*values).set(0)
         MAILBOX.connected = True
@@ -99,3 +113,5 @@ class KVRouteMetrics(KVConnectorPromMetrics):  # type: ignore[misc]
                 histogram.labels(*engine).observe(value)
         if "off" in payload:
             self._off.labels(*engine).set(int(payload["off"]))
+        for side, held in payload.get("held", {}).items():
+            self._held.labels(*engine, side).set(held)

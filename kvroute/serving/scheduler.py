@@ -40,6 +40,7 @@ from kvroute.serving.worker import feature_key, window_of
 
 _log = logging.getLogger(__name__)
 _OFF = "kvroute turned its features off after repeated faults; the server's log has the first of them."
+_LOST = "The numbers that the workers read of it did not all arrive."
 
 
 @dataclass(slots=True)
@@ -59,6 +60,8 @@ class _Request:
     seen: bool = False
     pooled: bool = False
     fed: int = 0
+    read: int = 0
+    aborted: bool = False
     sums: dict[str, tuple[Array | None, Array | None, float]] = field(default_factory=dict)
     steps: list[Array] = field(default_factory=list)
     ends: tuple[float, Array, float] | None = None
@@ -110,11 +113,31 @@ class SchedulerSide:
         self._running: dict[str, _Request] = {}
         self._closing: dict[str, tuple[_Request, dict[str, Any], int]] = {}
         self._gone: list[str] = []
+        self._held = 0
 
     @property
     def num_states(self) -> int:
         """Requests that something is kept for."""
         return len(self._running) + len(self._closing)
+
+    def statistics(self) -> dict[str, Any] | None:
+        """What there is to tell since the last time, or None (see :meth:`Tally.take`)."""
+        self.tally.holding(self.num_states, self._held)
+        return self.tally.take()
+
+    def failed(self, error: Exception, request: str | None = None) -> None:
+        """A hook failed: count it.
+
+        Args:
+            error: what it raised.
+            request: that ended in the hook; nothing more can be said of it.
+        """
+        if request is not None:
+            state = self._running.pop(request, None)
+            self._closing.pop(request, None)
+            if state is not None and state.seen:
+                self._gone.append(request)
+        self._fault(error, "hook")
 
     def on_request(
         self,
@@ -200,7 +223,10 @@ class SchedulerSide:
         """Take what the workers read (ranks merged) and fill the results of requests that ended in the step."""
         try:
             if results is not None:
+                self._held = results.held
                 self.tally.spent("worker", results.seconds)
+                for _ in range(results.lost):
+                    self._fault(None, "hook")
                 self._take(results)
         except Exception as error:  # noqa: BLE001 - the engine must not see it
             self._fault(error, "merge")
@@ -221,7 +247,9 @@ class SchedulerSide:
         answer += state.given
         if state.seen:
             self._gone.append(request)
-        box = Result(tokens=Tokens(state.prompt_len, answer), error=state.error).to_dict()
+        state.aborted = aborted
+        # what a client reads where nothing comes to fill it
+        box = Result(tokens=Tokens(state.prompt_len, answer), error=state.error or _LOST).to_dict()
         self._closing[request] = (state, box, answer)
         if aborted:
             self._fill(request)
@@ -303,6 +331,8 @@ class SchedulerSide:
             if state is not None and state.error is None:
                 state.error = why
                 self._fault(None, "reading")
+                if state.decided is not None and not state.decided.request.decision.mode:
+                    state.decided.took(Looked(fault=why))
         looked = True
         for request, found in results.looks.items():
             state = self._find(request)
@@ -313,7 +343,12 @@ class SchedulerSide:
             self._take_sums(key, sums)
         if results.norms is not None:
             self._take_norms(results.norms)
-        if not results.faults and looked and (results.sums or results.norms is not None or results.looks):
+        for request, stop in results.read.items():
+            state = self._find(request)
+            if state is not None:
+                state.read = max(state.read, stop)
+        read = bool(results.sums or results.norms is not None or results.looks)
+        if read and looked and not results.faults and not results.lost:
             self._in_a_row = 0
 
     def _take_sums(self, key: str, sums: Sums) -> None:
@@ -360,8 +395,17 @@ class SchedulerSide:
 
     def _finish(self, state: _Request, result: Result, answer: int) -> None:
         assert state.plan is not None
+        missing = self._missing(state, answer)
+        if missing:
+            self._fault(None, "lost")
         for name, (of, spec) in state.vectors.items():
             found = state.sums.get(feature_key(of, spec))
+            if of == "answer" and missing:
+                if name == CONFIDENCE:
+                    result.confidence = Score(None, _LOST)
+                else:
+                    result.faults.append(f"{name}: {_LOST}")
+                continue
             if name == CONFIDENCE:
                 result.confidence = self._confidence(state, None if found is None else pooled_vector(spec, *found))
                 continue
@@ -378,9 +422,21 @@ class SchedulerSide:
                 result.faults.append(f"{name}: The cache holds values that are not finite.")
                 self._fault(None, "not finite")
         if state.plan.chain is not None:
-            result.scores |= chain_results(state.steps, state.ends)
+            lost = named_scores(no_score(_LOST), no_score(_LOST))
+            result.scores |= lost if missing else chain_results(state.steps, state.ends)
         if state.plan.length:
             result.scores["length"] = Score(float(answer))
+
+    def _missing(self, state: _Request, answer: int) -> bool:
+        """Whether steps of the answer are missing in what the workers read: then it is of other tokens than it says."""
+        begin = state.answer_start
+        chain = state.plan is not None and state.plan.chain is not None
+        if begin is None or not (chain or any(of == "answer" for of, _ in state.vectors.values())):
+            return False
+        end = state.prompt_len + answer - 1  # the last token has no keys and values
+        if not state.aborted and begin < end and state.read < end:
+            return True
+        return chain and sum(map(len, state.steps)) != max(state.read - begin, 0)
 
     def _end_decision(self, state: _Request, decided: Decided, result: Result, answer: int) -> None:
         before = decided.request.decision.fault

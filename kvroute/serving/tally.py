@@ -47,6 +47,8 @@ class Tally:
         self._results: dict[str, dict[str, Any]] = {}
         self._off: bool | None = None
         self._was_off = False
+        self._held: dict[Side, int] = {"scheduler": 0, "worker": 0}
+        self._held_sent = dict(self._held)
         self._sent = clock()
 
     def asked(self, ask: Ask) -> None:
@@ -70,6 +72,10 @@ class Tally:
         """Whether features are turned off; told when it may have changed."""
         if off != self._was_off:
             self._off = self._was_off = off
+
+    def holding(self, scheduler: int, worker: int) -> None:
+        """Requests that each side keeps something for."""
+        self._held = {"scheduler": scheduler, "worker": worker}
 
     def answered(self, request: str, result: Result, body: dict[str, Any], policy: str | None = None) -> None:
         """A request ended.
@@ -106,7 +112,10 @@ class Tally:
             payload["results"] = self._results
         if self._off is not None:
             payload["off"] = self._off
-        if not payload and (not seconds or now - self._sent < _EVERY):
+        late = now - self._sent >= _EVERY
+        if self._held != self._held_sent and (payload or late or not any(self._held.values())):
+            payload["held"] = self._held_sent = self._held
+        if not payload and (not seconds or not late):
             return None
         if seconds:
             payload["seconds"] = seconds
@@ -138,8 +147,9 @@ def joined(a: Mapping[str, Any], b: Mapping[str, Any]) -> dict[str, Any]:
         if values:
             out[name] = values
     for part in (a, b):
-        if "off" in part:
-            out["off"] = part["off"]
+        for newest in ("off", "held"):
+            if newest in part:
+                out[newest] = part[newest]
     return out
 
 

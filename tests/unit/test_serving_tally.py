@@ -105,7 +105,7 @@ def test_the_schedulers_side_counts_asks_faults_and_results():
     engine.data["nan"][0].fill_(np.nan)
     for name in ("good", "wrong", "nan"):
         engine.step((name, 0, 3))
-        engine.step((name, 3, 1), end=(name,))
+        engine.step((name, 3, 2), end=(name,))
     payload = engine.side.tally.take()
     assert payload is not None
     assert payload["asks"] == {"features": 2, "refused": 1}
@@ -129,8 +129,8 @@ def test_repeated_faults_turn_features_off_and_the_metrics_say_so():
 
 def test_an_aborted_answer_has_what_was_read_before_the_step_in_flight():
     engine = Engine(max_features=16)
-    for name in ("whole", "cut"):
-        engine.add(name, 4, 9, ["answer:paper-mteb", "length"], seed=3)
+    engine.add("cut", 4, 9, ["answer:paper-mteb", "length"])
+    engine.add("whole", 4, 6, ["answer:paper-mteb", "length"], like="cut")
     engine.step(("whole", 0, 4), ("cut", 0, 4))
     engine.step(("whole", 4, 1), ("cut", 4, 1))
     engine.step(("whole", 5, 1), end=("whole",))  # two answer tokens have keys and values, a third is written
