@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from kvroute_kernels.ordered_sum import ordered_sum
-from kvroute_kernels.view import KVView, KVViewError
+from kvroute_kernels.view import KVGroup, KVView, KVViewError
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,12 +77,13 @@ def paged_pool(
             raise KVViewError(f"Layers {chosen} differ in heads or head size ({sorted(shapes)}): pool them apart.")
         heads, size = shapes.pop()
         sums.append(torch.empty(count, len(chosen), heads, size, dtype=accumulate, device=device))
-    for group, places, ranks in split:
+    for spread, spots, ranks in split:
+        group, places = _narrowed(spread, spots)
         whole = len(places) == len(group.layers) and places == list(range(len(places)))
         for b in range(count):
-            pieces = view.token_slices(group, b, low[b], high[b])
+            pieces = view.token_slices(group, b, low[b], high[b], part=part)
             for piece, out in zip(pieces, sums, strict=True):
-                if out is None:
+                if out is None or piece is None:
                     continue
                 rows = piece if whole else piece[places]
                 total = _sum_tokens(rows, None if weights is None else weights[b], accumulate)
@@ -95,6 +96,17 @@ def paged_pool(
     else:
         weight = torch.stack([w.sum(dtype=accumulate) for w in weights]).to(device)
     return PooledSums(sums[0], sums[1], weight)
+
+
+def _narrowed(group: KVGroup, places: list[int]) -> tuple[KVGroup, list[int]]:
+    """The layers between the first and the last of some places, and the places in them: pages that are gathered are
+    copied, so layers that nobody reads are left out before."""
+    low, high = min(places), max(places) + 1
+    if high - low == len(group.layers):
+        return group, places
+    layers = slice(low, high)
+    some = KVGroup(group.layers[layers], group.keys[layers], group.values[layers], group.table, group.window)
+    return some, [place - low for place in places]
 
 
 def _sum_tokens(rows: Tensor, weights: Tensor | None, dtype: torch.dtype) -> Tensor:

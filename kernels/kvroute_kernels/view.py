@@ -11,9 +11,9 @@ Nothing here copies the cache; strides are free.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, overload
 
 import torch
 from torch import Tensor
@@ -313,10 +313,18 @@ class KVView:
             part[2].append(rank)
         return list(parts.values())
 
-    def token_slices(self, group: KVGroup, sequence: int, start: int, stop: int) -> tuple[Tensor, Tensor]:
+    @overload
+    def token_slices(self, group: KVGroup, sequence: int, start: int, stop: int) -> tuple[Tensor, Tensor]: ...
+    @overload
+    def token_slices(
+        self, group: KVGroup, sequence: int, start: int, stop: int, *, part: Literal["k", "v", "kv"]
+    ) -> tuple[Tensor | None, Tensor | None]: ...
+    def token_slices(
+        self, group: KVGroup, sequence: int, start: int, stop: int, *, part: Literal["k", "v", "kv"] = "kv"
+    ) -> tuple[Tensor | None, Tensor | None]:
         """Keys ``[G, H, n, D]`` and values ``[G, H, n, Dv]`` of tokens ``start..stop`` of one sequence.
 
-        No copy where they lie in one page; a gather where they do not.
+        No copy where they lie in one page; a gather where they do not. Of what is not in ``part``, None.
 
         Raises:
             WindowError: a token before the window was asked for.
@@ -325,10 +333,10 @@ class KVView:
         length = self.host_lengths[sequence]
         if not 0 <= start <= stop <= length:
             raise KVViewError(f"Tokens {start}..{stop} were asked of sequence {sequence}, which has {length}.")
+        keys = group.keys if "k" in part else None
+        values = group.values if "v" in part else None
         if start == stop:
-            return tuple(  # type: ignore[return-value]
-                part.new_empty(part.shape[0], part.shape[2], 0, part.shape[4]) for part in (group.keys, group.values)
-            )
+            return _each(lambda x: x.new_empty(x.shape[0], x.shape[2], 0, x.shape[4]), keys, values)
         table, size = group.table, group.page_size
         held = int(table.first[sequence])
         if start < held:
@@ -341,14 +349,13 @@ class KVView:
                 raise KVViewError(f"The page of token {start} of sequence {sequence} is absent.")
             row = low - (low // size) * size
             rows = slice(row, row + stop - start)
-            return group.keys[:, page, :, rows], group.values[:, page, :, rows]
+            return _each(lambda x: x[:, page, :, rows], keys, values)
         columns = table.pages[sequence, low // size : (high - 1) // size + 1]
         if bool((columns < 0).any()):
             raise KVViewError(f"A page of tokens {start}..{stop} of sequence {sequence} is absent.")
         row = low % size
-        return tuple(  # type: ignore[return-value]
-            part[:, columns].transpose(1, 2).flatten(2, 3)[:, :, row : row + stop - start]
-            for part in (group.keys, group.values)
+        return _each(
+            lambda x: x[:, columns].transpose(1, 2).flatten(2, 3)[:, :, row : row + stop - start], keys, values
         )
 
     def find_non_finite(self, layers: Sequence[int] | None = None) -> NonFiniteKVError | None:
@@ -364,3 +371,9 @@ class KVView:
                     if bad.numel():
                         return NonFiniteKVError(sequence, layer, first + int(bad[0]), name)
         return None
+
+
+def _each(
+    work: Callable[[Tensor], Tensor], keys: Tensor | None, values: Tensor | None
+) -> tuple[Tensor | None, Tensor | None]:
+    return None if keys is None else work(keys), None if values is None else work(values)
