@@ -7,6 +7,7 @@ import copy
 import functools
 import logging
 import time
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -37,6 +38,8 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger(__name__)
 _T = TypeVar("_T")
+_WORKERS: weakref.WeakValueDictionary[str, WorkerSide] = weakref.WeakValueDictionary()
+"""By engine id, workers of this process that the scheduler's side may ask to read at once, one an engine."""
 _UNREAD = "What a worker read of it was lost."
 
 
@@ -118,6 +121,7 @@ class KVRouteConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
                 thinking=lambda: model.thinking(config),
                 longest=int(vllm_config.model_config.max_model_len),
                 runs_ahead=bool(vllm_config.scheduler_config.async_scheduling),
+                reader=functools.partial(_WORKERS.get, str(self._kv_transfer_config.engine_id)),
             )
 
     # ------------------------------------------------------------------ worker
@@ -134,6 +138,8 @@ class KVRouteConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
             replicas=facts.replicas,
             copy=rank % facts.replicas != 0,
         )
+        if gather is None and self._worker.keeps_up:
+            _WORKERS[str(self._kv_transfer_config.engine_id)] = self._worker
 
     def _failed(self, hook: str, error: Exception, args: Sequence[Any]) -> None:
         """Count a hook's failure; where a request ended in it, nothing of it is kept."""
@@ -237,7 +243,9 @@ class KVRouteConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         side = self._scheduler
         if side is None:
             return StepMessage()
-        scheduled = []
+        scheduled: list[Any] = []
+        if side.idle:
+            return StepMessage(side.step(scheduled))
         try:
             state = scheduler_output.kv_connector_block_state
             cached = scheduler_output.scheduled_cached_reqs
@@ -246,7 +254,7 @@ class KVRouteConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
             for request, start in starts:
                 if side.asked(request):
                     count = scheduler_output.num_scheduled_tokens[request]
-                    scheduled.append((request, start, count, state.get_block_ids(request)))
+                    scheduled.append((request, start, count, functools.partial(state.get_block_ids, request)))
         except Exception:  # noqa: BLE001 - the engine must not see it
             _log.exception("kvroute could not read the engine's schedule.")
         return StepMessage(side.step(scheduled))
@@ -258,15 +266,21 @@ class KVRouteConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
             self._scheduler.merge(answer.results if isinstance(answer, StepAnswer) else None)
 
     @_guarded(lambda *_: (False, None))
-    def request_finished(self, request: Any, block_ids: Any) -> tuple[bool, dict[str, Any] | None]:  # noqa: ARG002
+    def request_finished(self, request: Any, block_ids: Any) -> tuple[bool, dict[str, Any] | None]:
+        return self._finished(request, [block_ids])
+
+    def _finished(self, request: Any, block_ids: Any) -> tuple[bool, dict[str, Any] | None]:
         if self._scheduler is None:
             return False, None
         aborted = request.status.name == "FINISHED_ABORTED"
-        box = self._scheduler.finished(request.request_id, int(request.num_output_tokens), aborted=aborted)
+        box = self._scheduler.finished(
+            request.request_id, int(request.num_output_tokens), aborted=aborted, blocks=block_ids
+        )
         return False, None if box is None else {KEY: box}
 
+    @_guarded(lambda *_: (False, None))
     def request_finished_all_groups(self, request: Any, block_ids: Any) -> tuple[bool, dict[str, Any] | None]:
-        return self.request_finished(request, block_ids)
+        return self._finished(request, block_ids)
 
     def reset_cache(self) -> bool | None:
         return True

@@ -2,6 +2,10 @@
 
 A request's result is a dict that the engine keeps by reference from its end on and that is filled when the
 workers' numbers of the same step arrive. No engine is needed to test it.
+
+Where the worker is at hand (in this process, alone, in step with us), an answer is read in pieces of :data:`PIECE`
+tokens, and its rest when it ends: its pages are still whole then, and a piece costs little more than a token. Where
+it is not, each step's tokens are read behind that step, for it may be the last.
 """
 
 from __future__ import annotations
@@ -10,7 +14,7 @@ import logging
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -39,8 +43,22 @@ from kvroute.serving.tally import Tally
 from kvroute.serving.worker import feature_key, window_of
 
 _log = logging.getLogger(__name__)
+PIECE = 16
+"""Tokens of an answer that are read at once, where they can wait."""
 _OFF = "kvroute turned its features off after repeated faults; the server's log has the first of them."
 _LOST = "The numbers that the workers read of it did not all arrive."
+
+
+BlockIds = Sequence[Sequence[int]]
+"""By KV cache group, a request's block ids."""
+
+
+class Reader(Protocol):
+    """A worker that reads at once."""
+
+    def read(self, requests: Sequence[StepRequest]) -> StepResults:
+        """See :meth:`kvroute.serving.worker.WorkerSide.read`."""
+        ...
 
 
 @dataclass(slots=True)
@@ -62,6 +80,8 @@ class _Request:
     fed: int = 0
     read: int = 0
     aborted: bool = False
+    stop: int = 0  # tokens with keys and values, as far as was scheduled
+    gone: bool = False  # its pages, before they were read to the end
     sums: dict[str, tuple[Array | None, Array | None, float]] = field(default_factory=dict)
     steps: list[Array] = field(default_factory=list)
     ends: tuple[float, Array, float] | None = None
@@ -77,6 +97,16 @@ class _Request:
         return self.prompt_len if self.decided is None else self.decided.answer_start
 
 
+@dataclass(slots=True)
+class _Closing:
+    """A request that ended: what is known of it, its result, tokens of its answer, and its blocks while they last."""
+
+    state: _Request
+    box: dict[str, Any]
+    answer: int
+    blocks: BlockIds
+
+
 class SchedulerSide:
     """Keeps what requests ask and get. No method raises.
 
@@ -88,6 +118,7 @@ class SchedulerSide:
         thinking: gives the model's thinking tokens, at the first use; None where there is no tokenizer.
         longest: most tokens that a prompt and its answer may have together.
         runs_ahead: whether the engine schedules a step before it has the tokens of the last.
+        reader: gives the worker, as soon as it is there and if it is at hand; else None.
     """
 
     def __init__(
@@ -100,8 +131,11 @@ class SchedulerSide:
         thinking: Callable[[], ThinkingTokens] | None = None,
         longest: int = 2**31,
         runs_ahead: bool = False,
+        reader: Callable[[], Reader | None] | None = None,
     ) -> None:
         self._config = config
+        self._reader = None if runs_ahead else reader
+        self._steps = 0
         self._decisions = Decisions(config, thinking, longest=longest, runs_ahead=runs_ahead)
         self._block_sizes = list(block_sizes)
         self._sif = sif
@@ -111,7 +145,7 @@ class SchedulerSide:
         self.tally.features_off(off is not None)
         self._in_a_row = 0
         self._running: dict[str, _Request] = {}
-        self._closing: dict[str, tuple[_Request, dict[str, Any], int]] = {}
+        self._closing: dict[str, _Closing] = {}
         self._gone: list[str] = []
         self._held = 0
 
@@ -119,6 +153,11 @@ class SchedulerSide:
     def num_states(self) -> int:
         """Requests that something is kept for."""
         return len(self._running) + len(self._closing)
+
+    @property
+    def idle(self) -> bool:
+        """Whether no running request asks for anything."""
+        return not self._running
 
     def statistics(self) -> dict[str, Any] | None:
         """What there is to tell since the last time, or None (see :meth:`Tally.take`)."""
@@ -192,15 +231,17 @@ class SchedulerSide:
         state = self._running.get(request)
         return state is not None and state.decided is not None and not state.decided.policy.shadow
 
-    def step(self, scheduled: Sequence[tuple[str, int, int, Sequence[Sequence[int]]]]) -> StepMeta:
+    def step(self, scheduled: Sequence[tuple[str, int, int, BlockIds | Callable[[], BlockIds]]]) -> StepMeta:
         """What the workers are to read behind a step.
 
         Args:
-            scheduled: by request that :meth:`asked`: id, tokens computed before, tokens of this step, block ids by
-                KV cache group.
+            scheduled: by request that :meth:`asked`: id, tokens computed before, tokens of this step, its blocks (or
+                what gives them, if they are needed).
         """
-        for request in list(self._closing):  # the engine ended them without a word from the workers
-            self._fill(request)
+        if self._closing:  # the engine ended them without a word from the workers
+            self._close()
+        self._steps += 1
+        waits = self._steps % PIECE != 0 and self._reader is not None and self._reader() is not None
         meta = StepMeta(finished=self._gone)
         self._gone = []
         for request, start, count, blocks in scheduled:
@@ -208,7 +249,8 @@ class SchedulerSide:
             if state is None or not self.asked(request):
                 continue
             try:
-                entry = self._entry(request, state, start + count, blocks)
+                state.stop = start + count
+                entry = self._entry(request, state, blocks, waits=waits)
             except Exception as error:  # noqa: BLE001 - the engine must not see it
                 state.error = public_text(error)
                 if state.decided is not None and not state.decided.request.decision.mode:
@@ -230,43 +272,106 @@ class SchedulerSide:
                 self._take(results)
         except Exception as error:  # noqa: BLE001 - the engine must not see it
             self._fault(error, "merge")
-        for request in list(self._closing):
-            self._fill(request)
+        if self._closing:
+            self._close()
 
-    def finished(self, request: str, answer: int = 0, *, aborted: bool = False) -> dict[str, Any] | None:
+    def finished(
+        self, request: str, answer: int = 0, *, aborted: bool = False, blocks: BlockIds = ()
+    ) -> dict[str, Any] | None:
         """A request ended (or was aborted): its result, filled as soon as the workers' numbers are there.
 
         Args:
             request: the engine's id.
             answer: tokens it wrote.
             aborted: it was ended from outside, as by a stop string; the step in flight counts no more.
+            blocks: that hold its keys and values, until the next step.
         """
         state = self._running.pop(request, None)
         if state is None:
             return None
         answer += state.given
-        if state.seen:
-            self._gone.append(request)
         state.aborted = aborted
         # what a client reads where nothing comes to fill it
         box = Result(tokens=Tokens(state.prompt_len, answer), error=state.error or _LOST).to_dict()
-        self._closing[request] = (state, box, answer)
+        self._closing[request] = _Closing(state, box, answer, blocks)
         if aborted:
-            self._fill(request)
+            self._close([request])
         return box
 
     # ------------------------------------------------------------------ inside
 
-    def _entry(self, request: str, state: _Request, stop: int, blocks: Sequence[Sequence[int]]) -> StepRequest | None:
+    def _close(self, requests: Sequence[str] | None = None) -> None:
+        """Read what requests that ended (all of them) were waiting with, and fill their results."""
+        closing = list(self._closing) if requests is None else list(requests)
+        reader = None if self._reader is None else self._reader()
+        if reader is not None:
+            self._read_rests(closing, reader)
+        for request in closing:
+            self._fill(request)
+
+    def _read_rests(self, requests: Sequence[str], reader: Reader) -> None:
+        entries = []
+        for request in requests:
+            found = self._closing[request]
+            state = found.state
+            if state.error is not None:
+                continue
+            if not self._reaches(found.blocks, state.stop):  # preempted, and ended before it ran again
+                state.gone = True
+                continue
+            try:
+                entry = self._entry(request, state, found.blocks, ends=True)
+            except Exception as error:  # noqa: BLE001 - the engine must not see it
+                state.error = public_text(error)
+                self._fault(error, "schedule")
+                continue
+            if entry is not None:
+                entries.append(entry)
+        if not entries:
+            return
+        try:
+            self._take(reader.read(entries))
+        except Exception as error:  # noqa: BLE001 - the engine must not see it
+            for entry in entries:
+                self._closing[entry.id].state.error = public_text(error)
+            self._fault(error, "merge")
+
+    def _reaches(self, blocks: BlockIds, stop: int) -> bool:
+        """Whether blocks hold that many tokens."""
+        return len(blocks) == len(self._block_sizes) and all(
+            len(ids) * size >= stop for ids, size in zip(blocks, self._block_sizes, strict=True)
+        )
+
+    def _entry(
+        self,
+        request: str,
+        state: _Request,
+        blocks: BlockIds | Callable[[], BlockIds],
+        *,
+        waits: bool = False,
+        ends: bool = False,
+    ) -> StepRequest | None:
+        """What is to be read of a request.
+
+        Args:
+            request: its id.
+            state: what is known of it.
+            blocks: its blocks.
+            waits: less than a piece of its answer is left for later.
+            ends: it ended; nothing is decided any more.
+        """
+        stop = state.stop
         of = {o for o, _ in state.vectors.values()} if state.error is None else set()
         chain = state.error is None and state.plan is not None and state.plan.chain is not None
         look, force = None, None
-        if state.decided is not None:
+        if state.decided is not None and not ends:
             look, force = state.decided.due(state.tokens, stop, self._sif_of)
         begin = state.answer_start
         prompt = "prompt" in of and not state.pooled and stop >= state.prompt_len
         low = max(state.fed, state.prompt_len if begin is None else begin)
         high = max(low, stop) if begin is not None and ("answer" in of or chain) else low
+        if waits and not prompt and high - low < PIECE:
+            high = low
         reads = prompt or high > low
         if not reads and look is None and force is None:
             return None
@@ -276,6 +381,7 @@ class SchedulerSide:
         firsts += [self._first(look)] if look is not None else []
         first = min(firsts, default=stop)
         skip = tuple(first // size for size in self._block_sizes)
+        held = blocks() if callable(blocks) else blocks
         entry = StepRequest(
             id=request,
             prompt_len=state.prompt_len,
@@ -284,7 +390,7 @@ class SchedulerSide:
             high=high,
             prompt=prompt,
             skip=skip,
-            blocks=tuple(list(b[s:]) for b, s in zip(blocks, skip, strict=True)),
+            blocks=tuple(list(b[s:]) for b, s in zip(held, skip, strict=True)),
             ask=None if state.sent or not reads else state.body,
             weights=self._weights(state, prompt, high > low, low - window, high) if reads else {},
             window=window,
@@ -374,11 +480,14 @@ class SchedulerSide:
     def _find(self, request: str) -> _Request | None:
         state = self._running.get(request)
         if state is None and request in self._closing:
-            state = self._closing[request][0]
+            state = self._closing[request].state
         return state
 
     def _fill(self, request: str) -> None:
-        state, box, answer = self._closing.pop(request)
+        found = self._closing.pop(request)
+        state, box, answer = found.state, found.box, found.answer
+        if state.seen:
+            self._gone.append(request)
         tokens = Tokens(state.prompt_len, answer)
         try:
             result = Result(tokens=tokens, error=state.error)
@@ -395,6 +504,8 @@ class SchedulerSide:
 
     def _finish(self, state: _Request, result: Result, answer: int) -> None:
         assert state.plan is not None
+        if state.gone:
+            result.faults.append("The answer was not read to its end: the engine had taken its pages for another one.")
         missing = self._missing(state, answer)
         if missing:
             self._fault(None, "lost")

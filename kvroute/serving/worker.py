@@ -194,6 +194,12 @@ class WorkerSide:
         """Requests that state is held for."""
         return len(self._asked)
 
+    @property
+    def keeps_up(self) -> bool:
+        """Whether pages can be read between two steps as well as behind one: nothing is still being written, and no
+        layer has given up a page that a step before needed."""
+        return all(s.keys.device.type == "cpu" and not s.first.drops for s in self._stacks)
+
     def step(self, meta: StepMeta) -> None:
         """Read what the step wrote; the second call for the same step does nothing. Raises nothing."""
         if meta is self._done:

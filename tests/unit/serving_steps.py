@@ -17,9 +17,9 @@ SIF = np.linspace(0.1, 1.0, VOCAB, dtype=np.float32)
 
 
 class Engine:
-    """An engine of simulated steps; ``ranks`` share the heads."""
+    """An engine of simulated steps; ``ranks`` share the heads. ``near``: the worker is at hand, so answers can wait."""
 
-    def __init__(self, ranks: int = 1, **config) -> None:
+    def __init__(self, ranks: int = 1, near: bool = False, **config) -> None:
         self.memory = torch.zeros(LAYERS, BLOCKS, HEADS, BLOCK, 2 * SIZE)
         self.workers = []
         for rank in range(ranks):
@@ -29,7 +29,9 @@ class Engine:
                 for i in range(LAYERS)
             ]
             self.workers.append(WorkerSide(pages))
-        self.side = SchedulerSide(ServingConfig(**config), [BLOCK], lambda a: SIF / (1 + a))
+        self.read = 0  # requests that the worker was sent to read
+        reader = (lambda: self.workers[0]) if near else None
+        self.side = SchedulerSide(ServingConfig(**config), [BLOCK], lambda a: SIF / (1 + a), reader=reader)
         self.free = torch.randperm(BLOCKS - 1, generator=torch.Generator().manual_seed(0)).add(1).tolist()
         self.data: dict[str, tuple[torch.Tensor, list[int], int]] = {}
         self.blocks: dict[str, list[int]] = {}
@@ -68,6 +70,7 @@ class Engine:
             if self.side.asked(name):
                 rows.append((name, start, count, [list(table)]))
         meta = self.side.step(rows)
+        self.read += len(meta.requests)
         merged: StepResults | None = None
         for worker in self.workers:
             for _ in range(hooks):
@@ -76,10 +79,13 @@ class Engine:
             merged = got if merged is None or got is None else merged.merge(got)
         for name in end:  # the engine ends a request before it hands over what the workers said
             cache, _, prompt = self.data[name]
-            box = self.side.finished(name, cache.shape[2] + 1 - prompt)
-            if box is not None:
-                self.boxes[name] = box
+            self.end(name, cache.shape[2] + 1 - prompt)
         self.side.merge(merged)
+
+    def end(self, name: str, answer: int, **more) -> None:
+        box = self.side.finished(name, answer, blocks=[self.blocks[name]], **more)
+        if box is not None:
+            self.boxes[name] = box
 
     def view(self, name: str) -> KVView:
         cache = self.data[name][0]

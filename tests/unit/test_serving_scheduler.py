@@ -9,7 +9,7 @@ import torch
 from kvroute.chains import ChainState
 from kvroute.pooling import PoolingSpec, pool
 from kvroute.serving.config import ServingConfig
-from kvroute.serving.scheduler import SchedulerSide, scores_of_lengths
+from kvroute.serving.scheduler import PIECE, SchedulerSide, scores_of_lengths
 from tests.unit.serving_steps import BLOCK, SIF, Engine
 
 SPECS = {
@@ -50,9 +50,9 @@ def check(engine: Engine, name: str) -> None:
         assert box["scores"][key]["value"] == expected
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
-def test_any_schedule_gives_what_one_piece_gives(ranks):
-    engine = Engine(ranks, max_features=16)
+@pytest.mark.parametrize(("ranks", "near"), [(1, False), (2, False), (1, True)])
+def test_any_schedule_gives_what_one_piece_gives(ranks, near):
+    engine = Engine(ranks, near, max_features=16)
     engine.add("a", 10, 15, SPECS, seed=1)
     engine.add("b", 3, 12, SPECS, seed=2)
     engine.step(("a", 0, 4), ("b", 0, 3))  # a in chunks
@@ -70,6 +70,42 @@ def test_any_schedule_gives_what_one_piece_gives(ranks):
     engine.step(("b", 11, 1), end=("b",))
     for name in "abc":
         check(engine, name)
+    engine.step()
+    assert engine.states == 0
+
+
+def test_where_answers_can_wait_they_are_read_in_pieces():
+    engine, every = Engine(near=True, max_features=16), Engine(max_features=16)
+    for one in (engine, every):
+        one.add("a", 6, 60, SPECS, seed=3)
+        one.add("b", 4, 17, SPECS, seed=4)
+        one.step(("a", 0, 6), ("b", 0, 4))
+        for t in range(13):
+            end = ("b",) if t == 12 else ()
+            one.step(("a", 6 + t, 1), ("b", 4 + t, 1), end=end)
+        for t in range(19, 60):
+            one.step(("a", t, 1), end=("a",) if t == 59 else ())
+        check(one, "a")
+        check(one, "b")
+        one.step()
+        assert one.states == 0
+    assert engine.read == 2 + 54 // PIECE  # the prompts and a's pieces; the rests are read when they end
+    assert every.read == 2 + 54 + 13
+
+
+def test_what_waited_is_read_when_a_request_is_aborted_unless_its_pages_are_gone():
+    engine = Engine(near=True, max_features=16)
+    engine.add("a", 6, 12, SPECS, seed=5)
+    engine.add("b", 6, 12, SPECS, seed=6)
+    engine.step(("a", 0, 6), ("b", 0, 6))
+    for t in range(6, 12):
+        engine.step(("a", t, 1), ("b", t, 1))
+    engine.end("a", 7, aborted=True)
+    check(engine, "a")
+    engine.preempt("b")
+    engine.end("b", 7, aborted=True)
+    assert {"p1", "p2", "p3"} == set(engine.boxes["b"]["features"])
+    assert any("not read to its end" in fault for fault in engine.boxes["b"]["faults"])
     engine.step()
     assert engine.states == 0
 
