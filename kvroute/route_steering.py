@@ -64,7 +64,6 @@ class Request:
             self.closed = mark.ends(tokens[max(0, end - mark.width) : end])
         self.seen = len(tokens)
 
-    @property
     def may_switch(self) -> bool:
         """Whether a checkpoint could still change anything."""
         decision = self.decision
@@ -215,7 +214,7 @@ class RouteSteering:
         request.follow(tokens, self.router.closing)
         # The token that was just chosen has no keys and values yet: the look covers those before it.
         held = len(tokens) - 1
-        if not request.may_switch or not request.is_checkpoint(held, self.policy.every):
+        if not request.may_switch() or not request.is_checkpoint(held, self.policy.every):
             return False
         request.looked = held // self.policy.every
         return True
@@ -254,6 +253,18 @@ class ClosingMark:
         if len(self._ids) <= 1:
             return bool(self._ids) and list(tokens[-1:]) == self._ids
         return self._text in str(self._tokenizer.decode(list(tokens), skip_special_tokens=False))
+
+    def find(self, tokens: Sequence[int]) -> int | None:
+        """How many tokens there are up to the end of the first one, or None where there is none."""
+        if len(self._ids) == 1:
+            return tokens.index(self._ids[0]) + 1 if self._ids[0] in tokens else None
+        if not self.exists or not self.ends(tokens):
+            return None
+        low, high = 0, len(tokens)  # it is in the first `high`, and not in the first `low`
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (low, middle) if self.ends(tokens[:middle]) else (middle, high)
+        return high
 
 
 def finite(numbers: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:

@@ -186,10 +186,10 @@ class Decided:
             return None
         behind = _Behind(tokens, self.prompt_len + len(self.suffix))
         held = len(behind) - 1
-        if held < 0 or not request.is_checkpoint(held, policy.every) or not request.may_switch:
+        if held < 0 or not request.is_checkpoint(held, policy.every) or not request.may_switch():
             return None
         request.follow(behind, self.thinking.mark)
-        if not request.may_switch:
+        if not request.may_switch():
             return None
         request.looked = held // policy.every
         self._written = len(behind)
@@ -295,10 +295,8 @@ class Decided:
             begin = len(self.suffix) + switch.token
         elif self.request.decision.mode != "slow":
             return 0
-        for end in range(begin + 1, len(answer) + 1):
-            if mark.ends(answer[max(begin, end - mark.width) : end]):
-                return end - begin
-        return max(len(answer) - begin, 0)
+        found = mark.find(answer[begin:])
+        return max(len(answer) - begin, 0) if found is None else found
 
 
 class Decisions:
@@ -343,7 +341,7 @@ class Decisions:
         if ask.policy is None and ask.mode is None:
             return None
         thinking = self._tokens()
-        served, policy, name = None, Policy(kind=ask.mode or "slow"), ask.mode or ""
+        served, policy, name = None, Policy(kind=ask.mode or "slow"), str(ask.mode)
         if ask.policy is not None:
             served, name = self._config.catalog.policy(ask.policy), ask.policy
             policy = served.policy.model_copy(update={"shadow": True}) if ask.shadow else served.policy

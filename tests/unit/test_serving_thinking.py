@@ -177,3 +177,17 @@ def test_without_its_files_only_sizes_are_compared(tmp_path):
     assert set(bound.catalog.heads) == {"thinker"}
     parts[1].kv_cache_groups[0].kv_cache_spec.head_size_v = 16
     assert ServedModel(*parts).bind(config).catalog.heads_off
+
+
+@pytest.mark.parametrize("text", ["</think>", "and so the answer is"])
+def test_where_a_thought_ends(tokenizer, text):
+    """Of one token, and of several that may be cut otherwise."""
+    pair = {"fast": "a", "slow": "b", "leave": "c", "enter": "d"}
+    mark = ThinkingTokens.of(tokenizer, ThinkingMode(**pair, close=text)).mark
+    before = ids(tokenizer, "1a+2:34;2b=5:35 so and so 35. ")
+    answer = [*before, *ids(tokenizer, text), *ids(tokenizer, f" it gives 35 {text}.")]
+    step_by_step = next(n for n in range(1, len(answer) + 1) if mark.ends(answer[max(0, n - mark.width) : n]))
+    assert mark.find(answer) == step_by_step
+    assert len(before) < step_by_step < len(answer)
+    assert mark.find(before) is None
+    assert mark.find([]) is None
