@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -81,6 +81,7 @@ class Looker:
         self._gather = gather
         self._replicas = replicas
         self._choosers: dict[tuple[str, bool], Chooser] = {}
+        self._counted = 0
 
     def take(self, requests: Sequence[StepRequest]) -> dict[str, Looked]:
         """Take the looks of the requests that have one, and put on the board what they force."""
@@ -98,13 +99,20 @@ class Looker:
                     found |= self._fall_back(members, error)
             vectors = self._vectors(groups, [self._sums(group) for group in groups])
         except Exception as error:  # noqa: BLE001 - the engine must not see it
-            return found | self._fall_back([r for group in groups for r in group.requests], error)
+            return found | self._fall_back([r for r in due if r.id not in found], error)
         for group, rows in zip(groups, vectors, strict=True):
             try:
                 found |= (self._choose if group.looks[0].mode is None else self._look_again)(group, rows, began)
             except Exception as error:  # noqa: BLE001 - the engine must not see it
                 found |= self._fall_back(group.requests, error)
         return found
+
+    def quiet_faults(self, looks: Mapping[str, Looked]) -> int:
+        """Faults since the last call that none of the looks tells of: the head gave no probability, say."""
+        counted = sum(chooser.counts["faults"] for chooser in self._choosers.values())
+        new, self._counted = counted - self._counted, counted
+        told = sum((found.decision.fault if found.decision else found.fault) is not None for found in looks.values())
+        return max(new - told, 0)
 
     def _fall_back(self, requests: Sequence[StepRequest], error: Exception) -> dict[str, Looked]:
         """The policy's fallback for prompts that could not be decided; at a checkpoint the mode is kept."""

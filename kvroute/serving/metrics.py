@@ -7,6 +7,7 @@ way; it needs nothing but statistics being on, which they are unless ``--disable
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import Mapping
 from typing import Any, Final
@@ -103,6 +104,8 @@ class KVRouteMetrics(KVConnectorPromMetrics):  # type: ignore[misc]
             self._count(transfer_stats_data, self.per_engine_labelvalues[engine_idx])
         except Exception:  # noqa: BLE001 - see above
             _log.warning("kvroute could not count a step.", exc_info=True)
+            with contextlib.suppress(Exception):
+                self._counters["faults"].labels(*self.per_engine_labelvalues[engine_idx], "metrics").inc()
 
     def _count(self, payload: Mapping[str, Any], engine: list[object]) -> None:
         for name, counter in self._counters.items():

@@ -439,11 +439,9 @@ class SchedulerSide:
                 self._fault(None, "reading")
                 if state.decided is not None and not state.decided.request.decision.mode:
                     state.decided.took(Looked(fault=why))
-        looked = True
         for request, found in results.looks.items():
             state = self._find(request)
             if state is not None and state.decided is not None and state.decided.took(found) is not None:
-                looked = False
                 self._fault(None, "decision")
         for key, sums in results.sums.items():
             self._take_sums(key, sums)
@@ -453,9 +451,6 @@ class SchedulerSide:
             state = self._find(request)
             if state is not None:
                 state.read = max(state.read, stop)
-        read = bool(results.sums or results.norms is not None or results.looks)
-        if read and looked and not results.faults and not results.lost:
-            self._in_a_row = 0
 
     def _take_sums(self, key: str, sums: Sums) -> None:
         for i, request in enumerate(sums.ids):
@@ -496,6 +491,8 @@ class SchedulerSide:
             if state.error is None:
                 self._finish(state, result, answer)
             box.update(result.to_dict())
+            if state.seen and result.error is None and not result.faults and not _unread(result):
+                self._in_a_row = 0  # a request that got all it asked for
             self.tally.answered(request, result, box, (state.body or {}).get("policy"))
         except Exception as error:  # noqa: BLE001 - the engine must not see it
             box.update(Result.failed(error, tokens).to_dict())
@@ -577,6 +574,11 @@ class SchedulerSide:
             self.off = _OFF
             self.tally.features_off(True)
             _log.error("%s", _OFF)
+
+
+def _unread(result: Result) -> bool:
+    """Whether a fault cost a request its decision."""
+    return result.decision is not None and result.decision.fault is not None
 
 
 def pooled_vector(spec: PoolingSpec, keys: Array | None, values: Array | None, weight: float) -> Array:

@@ -216,6 +216,7 @@ class WorkerSide:
         results = StepResults(copy=self._copy)
         try:
             self._work(meta.requests, results)
+            self._lost += self._looker.quiet_faults(results.looks)
         except Exception as error:  # noqa: BLE001 - the engine must not see it
             self._give_up(meta.requests, error, results)
         results.held = len(self._asked) + len(self._board)
@@ -282,6 +283,7 @@ class WorkerSide:
                 commit = self._read(requests)
         except Exception as error:  # noqa: BLE001 - the engine must not see it
             if len(requests) > 1 and not self._touched:
+                self.failed(error)
                 for request in requests:
                     self._guarded([request], results)
                 return
