@@ -280,6 +280,23 @@ def test_other_connectors_keys_and_ids_of_others(url, client):
     check(complete(client)[1], expected)
 
 
+def test_the_documented_ask_gets_the_documented_fields(client):
+    page = (ROOT / "docs" / "serving.md").read_text()
+    blocks = re.findall(r"^```json\n(.*?)^```$", page, re.DOTALL | re.MULTILINE)
+    ask, documented = (json.loads(block) for block in blocks)
+    answer: Any = client.chat.completions.create(
+        model="model", messages=CHAT, max_tokens=150, temperature=0, extra_body=ask
+    )
+
+    def names(value: Any) -> Any:
+        return {k: names(v) for k, v in value.items()} if isinstance(value, dict) else None
+
+    found = answer.model_extra["kv_transfer_params"]["kvroute"]
+    for part in (found, documented):  # whether a mode is switched is the policy's business
+        part["decision"].pop("switch")
+    assert names(found) == names(documented)
+
+
 # ---------------------------------------------------------------------- headers and metrics
 
 
@@ -328,6 +345,14 @@ def test_decisions_are_in_headers_and_metrics(url, client):
     assert grown("difficulty_sum") == pytest.approx(sum(difficulties))
     for asked, count in (("policy", 2), ("shadow", 1), ("mode", 2), ("features", 0)):
         assert grown("requests_total", asked=asked) == count
+
+
+def test_documented_metrics_are_there(url):
+    page = (ROOT / "docs" / "serving.md").read_text()
+    documented = set(re.findall(r"^\| `(vllm:kvroute_\w+)`", page, re.MULTILINE))
+    text = urllib.request.urlopen(f"{url}/metrics", timeout=10).read().decode()
+    found = set(re.findall(r"^# TYPE (vllm:kvroute_\w+) (?:counter|gauge|histogram)$", text, re.MULTILINE))
+    assert documented == {name for name in found if not name.endswith("_created")}
 
 
 def test_metrics_of_features_and_time(url, client):
