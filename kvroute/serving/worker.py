@@ -279,7 +279,7 @@ class WorkerSide:
             return
         self._touched = False
         try:
-            with torch.no_grad():
+            with torch.inference_mode():  # as the engine: what is made in its mode can be changed in it alone
                 commit = self._read(requests)
         except Exception as error:  # noqa: BLE001 - the engine must not see it
             if len(requests) > 1 and not self._touched:

@@ -72,3 +72,14 @@ def test_ranks_that_read_different_things_are_a_fault_of_those_requests():
     assert merged.norms is None
     assert merged.faults["a"] == "why"
     assert "ranks" in merged.faults["b"]
+
+
+def test_state_that_was_made_in_the_engines_inference_mode_is_fed_outside_it():
+    engine = Engine()
+    engine.add("a", 4, 9, ["answer:paper-mteb", "kv-coe"])
+    with torch.inference_mode():
+        engine.step(("a", 0, 6))
+    engine.step(("a", 6, 3), end=("a",))
+    assert engine.boxes["a"]["error"] is None
+    assert len(engine.boxes["a"]["features"]["answer:paper-mteb"]) > 0
+    assert engine.boxes["a"]["scores"]["kv_coe_r_token"]["value"] is not None
