@@ -8,8 +8,9 @@ from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, Self, cast, get_args, overload
 
-from kvroute.choosing import Chooser
+from kvroute.choosing import Chooser, unmet_need
 from kvroute.decisions import Decision, Routed, RoutedChunk
+from kvroute.engines.base import decides_inside
 from kvroute.engines.threads import call_in_thread, in_thread
 from kvroute.errors import InvalidInputError
 from kvroute.generation import CancelToken, Message, Prompt, SamplingOptions, TokenIds, as_prompts
@@ -18,12 +19,21 @@ from kvroute.policy import Policy, PolicyKind, policy_path
 from kvroute.route_steering import ClosingMark, Request, RouteSteer
 from kvroute.routed_answers import routed_answer, target_answer, with_confidence
 from kvroute.routed_stream import routed_pieces
+from kvroute.served_routing import (
+    ServedPolicy,
+    refuse,
+    served_answers,
+    served_decisions,
+    served_pieces,
+    served_thinking,
+)
 from kvroute.thinking import Mode, ThinkingMode
 
 if TYPE_CHECKING:
     from kvroute.drift import DriftHealth, DriftMonitor
     from kvroute.engines.steering import Vectors
     from kvroute.engines.transformers_engine import TransformersEngine
+    from kvroute.serving.vllm_base import VLLMBase
     from kvroute.voting import Voted
 
 
@@ -43,7 +53,8 @@ class Router(Chooser):
     section 3; arXiv 2601.20326, section 4.2). Thread-safe.
 
     Args:
-        engine: the model.
+        engine: the model. :class:`~kvroute.VLLMEngine` and :class:`~kvroute.VLLMClient` decide inside the engine, by
+            policies that it has loaded.
         policy: what is done with a difficulty; a :class:`~kvroute.Policy`, one of its kinds by name, the path of its
             ``.json`` file, or its name in the folder ``KVROUTE_POLICIES``.
         head: the trained head; by default the one that the policy's file names.
@@ -62,7 +73,7 @@ class Router(Chooser):
 
     def __init__(
         self,
-        engine: TransformersEngine,
+        engine: TransformersEngine | VLLMBase,
         policy: Policy | str | Path = "slow",
         *,
         head: DifficultyHead | str | Path | None = None,
@@ -72,11 +83,16 @@ class Router(Chooser):
         drift: DriftMonitor | None = None,
         options: SamplingOptions | None = None,
     ) -> None:
-        self.engine = engine
+        self.engine: TransformersEngine = cast(Any, engine)
+        self.served: ServedPolicy | None = None
         folder = None
-        if not isinstance(policy, Policy):
+        if decides_inside(engine):
+            refuse(head=head, targets=targets, drift=drift)
+            self.served = ServedPolicy.of(cast(Any, engine), policy)
+            policy = self.served.policy
+        elif not isinstance(policy, Policy):
             policy, folder = _found(str(policy))
-        if head is None and policy.head is not None:
+        if head is None and policy.head is not None and self.served is None:
             head = (folder or Path()) / policy.head
         if isinstance(head, str | Path):
             head = DifficultyHead.load(head, engine.info)
@@ -85,21 +101,14 @@ class Router(Chooser):
 
             drift = DriftMonitor.load(folder / policy.drift, engine.info.fingerprint)
         super().__init__(policy, head, drift)
-        if policy.reads_difficulty and self.head is None:
-            raise InvalidInputError(
-                f"A {policy.kind} policy reads a difficulty, and there is no head.",
-                hint="Pass head=, or train one: kvroute train.",
-            )
+        need = unmet_need(policy, self.head) if self.served is None else None
+        if need is not None:
+            raise InvalidInputError(need[0], hint=need[1])
         for given, target in ((self.head, "difficulty"), (confidence, "correct")):
             if given is not None:
                 given.require(engine.info)
                 if given.target != target:
                     raise InvalidInputError(f"A head with target {given.target!r} was given in place of {target!r}.")
-        if policy.kind == "two-step" and self.head is not None and self.head.windows is None:
-            raise InvalidInputError(
-                "A two-step policy looks again in mid-answer, and the head has no part for that.",
-                hint="Label with --checkpoints and train again, or use a one-step policy.",
-            )
         self.targets = dict(targets or {})
         missing = [t for t in policy.targets if t not in ("fast", "slow") and t not in self.targets]
         if missing:
@@ -108,13 +117,16 @@ class Router(Chooser):
                 hint="Pass targets={name: ...}.",
             )
         self.confidence = confidence
-        self.thinking = thinking or ThinkingMode.of(engine)
+        if self.served is not None:
+            self.thinking = served_thinking(cast(Any, engine), thinking, self.served)
+        else:
+            self.thinking = thinking or ThinkingMode.of(engine)
         self.options = options
         self.phrases: dict[Mode, list[int]] = {m: self.thinking.phrase(engine, m) for m in ("fast", "slow")}
         self.closing = ClosingMark(engine, self.thinking.close)
 
     @classmethod
-    def load(cls, engine: TransformersEngine, policy: str | Path, **kwargs: Any) -> Self:
+    def load(cls, engine: TransformersEngine | VLLMBase, policy: str | Path, **kwargs: Any) -> Self:
         """A router from a policy's file or name, with the head and the drift reference that it names."""
         return cls(engine, policy, **kwargs)
 
@@ -157,6 +169,9 @@ class Router(Chooser):
     ) -> list[Decision]:
         """:meth:`decide` for many."""
         requests = self._requests(list(prompts), mode, last, template)
+        if self.served is not None:
+            refuse(explain=explain, last=last)
+            return served_decisions(self, requests)
         bases = [r.layout.base for r in requests]
         self.engine.check_lengths(bases)
         vectors: list[Vectors | None] | None = None
@@ -221,6 +236,11 @@ class Router(Chooser):
         listed, single = as_prompts(prompts)
         requests = self._requests(listed, mode, last, template)
         chosen = self._options(options, sampling)
+        if self.served is not None:
+            refuse(explain=explain, last=last, prefix=prefix)
+            show = False if single else progress
+            found = served_answers(self, requests, chosen, features=features, cancel=cancel, progress=show)
+            return found[0] if single else found
         written = self.engine.generate(
             [TokenIds(tuple(r.layout.base)) for r in requests],
             features=with_confidence(self, features),
@@ -259,6 +279,9 @@ class Router(Chooser):
         listed, _ = as_prompts(prompts)
         requests = self._requests(listed, mode, last, template)
         chosen = self._options(options, sampling)
+        if self.served is not None:
+            refuse(explain=explain, last=last, prefix=prefix)
+            return served_pieces(self, requests, chosen, features=features, cancel=cancel)
         chunks = self.engine.stream(
             [TokenIds(tuple(r.layout.base)) for r in requests],
             features=with_confidence(self, features),
@@ -291,6 +314,8 @@ class Router(Chooser):
         """Answer n times out of one prefill, and let the answers vote: see :func:`kvroute.voting.best_of`."""
         from kvroute.voting import best_of
 
+        if self.served is not None:
+            raise InvalidInputError("vLLM can't vote in one run.", hint="Use TransformersEngine for best_of.")
         return best_of(self, prompts, n, **options)
 
     async def abest_of(self, prompts: Any, n: int = 5, **options: Any) -> Voted | list[Voted]:

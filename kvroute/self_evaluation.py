@@ -8,8 +8,9 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from kvroute.engines.base import decides_inside
 from kvroute.engines.threads import call_in_thread
 from kvroute.errors import EmptyTextError, InvalidInputError, TextTooLongError
 from kvroute.evaluation import Evaluation
@@ -20,6 +21,7 @@ from kvroute.p_true import TrueQuestion, probability_of_first, true_question
 from kvroute.progress import progress_bar
 from kvroute.reading_scores import reading_scores
 from kvroute.scores import SCORES, Score, family
+from kvroute.served_scores import served_scores
 
 if TYPE_CHECKING:
     from kvroute.calibration import ConfidenceCalibrator
@@ -174,7 +176,8 @@ class SelfEvaluator:
     @property
     def features(self) -> dict[str, FeatureRequest]:
         """What to ask of ``engine.generate(..., features=evaluator.features)`` so that :meth:`confidence` can tell."""
-        asked: dict[str, FeatureRequest] = {name: name for name in ("kv-coe", "logits", "length")}
+        names = ("kv-coe", "length") if decides_inside(self.engine) else ("kv-coe", "logits", "length")
+        asked: dict[str, FeatureRequest] = {name: name for name in names}
         return asked if self.head is None else {**asked, CONFIDENCE: AnswerPooling(self.head.spec)}
 
     def confidence(self, generation: Generation) -> tuple[float | None, str | None]:
@@ -219,8 +222,17 @@ class SelfEvaluator:
         computed, seconds = [0] * len(work), [0.0] * len(work)
         want: list[Want] = [w for w, f in _WANTS if f in families or (w == "kv" and self.head is not None)]
         trained: list[tuple[float | None, str | None]] = [(None, None)] * len(work)
-        if want:
-            ids, start = [w.token_ids for w in work], [w.start for w in work]
+        ids, start = [w.token_ids for w in work], [w.start for w in work]
+        if want and decides_inside(self.engine):  # caches stay where the engine is, and are read there
+            began = time.perf_counter()
+            inside: Any = self.engine
+            read = served_scores(inside, ids, start, families=families, head=self.head, progress=progress)
+            for place, (scored, one) in enumerate(read):
+                found[place] |= scored
+                trained[place] = one
+                computed[place] += len(ids[place]) - 1
+            seconds = [time.perf_counter() - began] * len(work)
+        elif want:
             layers = None
             if self.head is not None and "kv-coe" not in families:  # the head alone reads the cache
                 layers = self.head.spec.resolve(self.engine.info.num_layers)

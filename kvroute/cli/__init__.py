@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from kvroute._version import __version__
-from kvroute.cli import ask, calibrate, embed, evaluate, info, label, route, score, train
+from kvroute.cli import ask, calibrate, embed, evaluate, info, label, route, score, serve, train
 from kvroute.errors import KVRouteError
 
 app = typer.Typer(
@@ -28,6 +28,7 @@ app.command("ask")(ask.command)
 app.command("calibrate")(calibrate.command)
 app.command("evaluate")(evaluate.command)
 app.command("train")(train.command)
+app.command("serve", context_settings=serve.SETTINGS)(serve.command)
 
 
 _debugging = False

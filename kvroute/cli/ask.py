@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from kvroute.cli.common import Device, Dtype, Head, Json, Model, load_calibrator, load_engine, print_json
+from kvroute.cli.common import Device, Dtype, EngineName, Head, Json, Model, load_calibrator, load_engine, print_json
 from kvroute.errors import InvalidInputError
 from kvroute.rows import read_text
 
@@ -27,6 +27,7 @@ def command(
     head: Head = None,
     dtype: Dtype = "auto",
     device: Device = None,
+    engine_name: EngineName = "transformers",
     as_json: Json = False,
 ) -> None:
     """Answer a question while streaming, then show the answer's scores and what they cost."""
@@ -35,7 +36,7 @@ def command(
     text = read_text("-", sys.stdin.buffer).rstrip("\n") if question == "-" else question
     if raw and system is not None:
         raise InvalidInputError("--raw has no chat, so it takes no --system.")
-    engine = load_engine(model, dtype, device)
+    engine = load_engine(model, dtype, device, engine_name)
     messages = ([{"role": "system", "content": system}] if system else []) + [{"role": "user", "content": text}]
     prompt: Any = text if raw else messages
     evaluator = SelfEvaluator(engine, calibrator=load_calibrator(calibrator, engine.info), head=head)

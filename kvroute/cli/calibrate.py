@@ -13,6 +13,7 @@ import typer
 from kvroute.cli.common import (
     Device,
     Dtype,
+    EngineName,
     Force,
     Json,
     Model,
@@ -20,6 +21,7 @@ from kvroute.cli.common import (
     load_engine,
     names_in,
     print_json,
+    require_caches,
     show_progress,
 )
 from kvroute.errors import InvalidInputError
@@ -62,6 +64,7 @@ def command(
     model: Model = "smollm2",
     dtype: Dtype = "auto",
     device: Device = None,
+    engine_name: EngineName = "transformers",
     force: Force = False,
     quiet: Quiet = False,
     as_json: Json = False,
@@ -73,6 +76,7 @@ def command(
     if (confidence is None) == (routing is None):
         raise InvalidInputError("Give --confidence or --routing, one of the two.")
     if routing is not None:
+        require_caches(engine_name, "kvroute calibrate --routing")
         from kvroute.cli.calibrate_routing import calibrate_routing
         from kvroute.policy import FOLDER_VARIABLE as POLICIES
 
@@ -96,7 +100,7 @@ def command(
     kind: Literal["logistic", "isotonic"] = "isotonic" if method == "isotonic" else "logistic"
     if method != kind:
         raise InvalidInputError(f"The method is logistic or isotonic, not {method!r}.")
-    engine = load_engine(model, dtype, device)
+    engine = load_engine(model, dtype, device, engine_name)
     fitted = ConfidenceCalibrator.fit_rows(
         rows, engine=engine, names=names_in(scores), method=kind, seed=seed, progress=show_progress(quiet)
     )

@@ -3,22 +3,32 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
+import click
 import typer
 
-from kvroute.errors import InvalidInputError
+from kvroute.errors import InvalidInputError, ModelMismatchError
 
 if TYPE_CHECKING:
-    from kvroute import ConfidenceCalibrator, ModelInfo, PoolingSpec, TransformersEngine
+    from kvroute import ConfidenceCalibrator, ModelInfo, PoolingSpec, TransformersEngine, VLLMClient, VLLMEngine
     from kvroute.rows import PartialRun
 
 Model = Annotated[str, typer.Option("--model", "-m", help="smollm2, a local folder or a hub id.")]
 Dtype = Annotated[str, typer.Option(help="float32, bfloat16, float16 or auto.")]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, ...; by default a GPU if there is one.")]
+EngineName = Annotated[
+    str,
+    typer.Option(
+        "--engine",
+        help="transformers, vllm (in this process), or the address of a vLLM server that kvroute serve started; "
+        "several with commas between. Its key is read from KVROUTE_API_KEY.",
+    ),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar.")]
 Head = Annotated[
@@ -27,18 +37,76 @@ Head = Annotated[
 ]
 Restart = Annotated[bool, typer.Option("--restart", help="Drop what an earlier run left, and begin anew.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace an output that is there already.")]
+KEY_VARIABLE = "KVROUTE_API_KEY"
+"""The environment variable with the key of the servers that ``--engine`` names."""
 CHUNK = 256
 """Rows a chunk of a run that can be resumed."""
 
 
-def load_engine(model: str, dtype: str, device: str | None) -> TransformersEngine:
-    """The engine, loaded without transformers' own progress bars."""
+def load_engine(model: str, dtype: str, device: str | None, engine: str = "transformers") -> TransformersEngine:
+    """The engine that a command works with, loaded without transformers' own progress bars.
+
+    Those of vLLM's have the same interface as far as the commands use it; they are closed when the command ends.
+
+    Raises:
+        InvalidInputError: no such engine, or an option that it does not take.
+        ModelMismatchError: the server has another model's tokens.
+    """
     from transformers.utils import logging as transformers_logging
 
+    transformers_logging.disable_progress_bar()
+    if engine != "transformers":
+        found: Any = _vllm(model, dtype, device, engine)
+        typer_context = click.get_current_context(silent=True)
+        if typer_context is not None:
+            typer_context.call_on_close(found.close)
+        return cast("TransformersEngine", found)
     from kvroute import TransformersEngine
 
-    transformers_logging.disable_progress_bar()
     return TransformersEngine.from_pretrained(model, dtype=dtype, device=device)
+
+
+def _vllm(model: str, dtype: str, device: str | None, engine: str) -> VLLMEngine | VLLMClient:
+    if device is not None:
+        raise InvalidInputError(
+            "--device is for --engine transformers.", hint="vLLM takes the device it was built for."
+        )
+    if engine == "vllm":
+        from kvroute import VLLMEngine
+
+        return VLLMEngine(model, dtype=dtype)
+    urls = names_in(engine) or []
+    if not all(url.startswith(("http://", "https://")) for url in urls) or not urls:
+        raise InvalidInputError(f"The engine is transformers, vllm or an address, not {engine!r}.")
+    if dtype != "auto":
+        raise InvalidInputError("--dtype is the server's own affair.", hint="Give it to kvroute serve.")
+    from kvroute import VLLMClient
+    from kvroute.token_weights import vocabulary_digest
+
+    client = VLLMClient(urls, tokenizer=model, api_key=os.environ.get(KEY_VARIABLE))
+    try:
+        theirs, ours = client.about.vocabulary, vocabulary_digest(client.tokenizer)
+        if theirs is not None and theirs != ours:
+            raise ModelMismatchError(
+                f"The server runs {client.info.name}, whose tokens are not those of {model}.",
+                hint="Give the served model, or the folder of its tokenizer, as --model.",
+            )
+    except BaseException:
+        client.close()
+        raise
+    return client
+
+
+def require_caches(engine: str, what: str) -> None:
+    """Refuse an engine that hands out no caches.
+
+    Raises:
+        InvalidInputError: it is one of vLLM's.
+    """
+    if engine != "transformers":
+        raise InvalidInputError(
+            f"{what} reads caches that vLLM does not hand out.", hint="Use --engine transformers for it."
+        )
 
 
 def load_spec(name: str) -> PoolingSpec:

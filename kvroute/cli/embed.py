@@ -16,6 +16,7 @@ from kvroute.cli.common import (
     CHUNK,
     Device,
     Dtype,
+    EngineName,
     Force,
     Json,
     Model,
@@ -55,6 +56,7 @@ def command(
     skip_empty: Annotated[bool, typer.Option("--skip-empty", help="Pass over blank lines.")] = False,
     dtype: Dtype = "auto",
     device: Device = None,
+    engine_name: EngineName = "transformers",
     restart: Restart = False,
     force: Force = False,
     quiet: Quiet = False,
@@ -69,7 +71,7 @@ def command(
     ids, texts, skipped = _read(file, field, jsonl, skip_empty)
     from kvroute import KVEmbedder
 
-    engine = load_engine(model, dtype, device)
+    engine = load_engine(model, dtype, device, engine_name)
     made = KVEmbedder.load(embedder, engine) if embedder is not None else KVEmbedder(engine, load_spec(spec))
     began = time.perf_counter()
     if prompt_name is not None:

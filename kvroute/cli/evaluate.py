@@ -11,6 +11,7 @@ import typer
 from kvroute.cli.common import (
     Device,
     Dtype,
+    EngineName,
     Force,
     Json,
     Model,
@@ -18,6 +19,7 @@ from kvroute.cli.common import (
     load_engine,
     names_in,
     print_json,
+    require_caches,
     show_progress,
 )
 from kvroute.errors import InvalidInputError
@@ -37,11 +39,13 @@ def command(
     bootstrap: Annotated[int, typer.Option(min=100, help="Resamples of the intervals.")] = 2000,
     dtype: Dtype = "auto",
     device: Device = None,
+    engine_name: EngineName = "transformers",
     force: Force = False,
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
     """Accuracy-tokens curve, AUROC, calibration error of a head, and of what it has to beat, with intervals."""
+    require_caches(engine_name, "kvroute evaluate")
     from kvroute.heads import DifficultyHead
     from kvroute.label_rows import read_labels
     from kvroute.routing_baselines import EvaluationRows, check_baselines
@@ -55,7 +59,7 @@ def command(
         raise InvalidInputError(f"{out / REPORT} is there already.", hint="Pass --force to replace it.")
     rows, meta = read_labels(labels)
     EvaluationRows.of(rows, part)
-    engine = load_engine(model, dtype, device)
+    engine = load_engine(model, dtype, device, engine_name)
     engine.info.require(meta.fingerprint, f"{labels}", meta.model)
     loaded = DifficultyHead.load(head, engine.info)
     report = evaluate_head(

@@ -6,19 +6,20 @@ from typing import Annotated, Any
 
 import typer
 
-from kvroute.cli.common import Device, Dtype, Json, load_engine, print_json
+from kvroute.cli.common import Device, Dtype, EngineName, Json, load_engine, print_json
 
 
 def command(
     model: Annotated[str, typer.Argument(help="smollm2, a local folder or a hub id.")],
     dtype: Dtype = "auto",
     device: Device = None,
+    engine_name: EngineName = "transformers",
     as_json: Json = False,
 ) -> None:
     """Show a model's layers, sizes and fingerprint, and what each preset gives on it."""
     from kvroute import PRESETS, KVRouteError
 
-    info = load_engine(model, dtype, device).info
+    info = load_engine(model, dtype, device, engine_name).info
     presets: dict[str, dict[str, Any]] = {}
     for name, spec in PRESETS.items():
         try:

@@ -13,6 +13,7 @@ import typer
 from kvroute.cli.common import (
     Device,
     Dtype,
+    EngineName,
     Force,
     Json,
     Model,
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
     from kvroute.questions import Question
     from kvroute.thinking import ThinkingMode
 
-_CHUNK = 64
+_CHUNK, _SERVED_CHUNK = 64, 512
 
 
 def command(
@@ -62,10 +63,17 @@ def command(
         str, typer.Option(help="Of train, validation, calibration and test among the questions.")
     ] = "0.5,0.15,0.2,0.15",
     limit: Annotated[int | None, typer.Option(help="Only the first n questions.")] = None,
-    chunk: Annotated[int, typer.Option(help="Questions answered together; a killed run loses one chunk.")] = _CHUNK,
+    chunk: Annotated[
+        int | None,
+        typer.Option(
+            help="Questions answered together, of which a killed run loses one lot; by default 64, or 512 by "
+            "vLLM, which is kept full."
+        ),
+    ] = None,
     retry: Annotated[bool, typer.Option("--retry", help="Label the rows of OUT that failed once more.")] = False,
     dtype: Dtype = "auto",
     device: Device = None,
+    engine_name: EngineName = "transformers",
     restart: Restart = False,
     force: Force = False,
     quiet: Quiet = False,
@@ -81,6 +89,8 @@ def command(
     for name, value in (("--limit", limit), ("--chunk", chunk)):
         if value is not None and value < 1:
             raise InvalidInputError(f"{name} is at least 1, not {value}.")
+    if chunk is None:
+        chunk = _CHUNK if engine_name == "transformers" else _SERVED_CHUNK
     parts = _shares(shares)
     pair = _thinking(thinking, fast_instruction, slow_instruction)
     rows = parse_jsonl(read_text(file, sys.stdin.buffer), file)[:limit]
@@ -91,7 +101,7 @@ def command(
     if not retry and out.exists() and not force:  # before a model is loaded
         raise InvalidInputError(f"{out} is there already.", hint="Pass --force to replace it, or --retry.")
     labeller = Labeller(
-        load_engine(model, dtype, device),
+        load_engine(model, dtype, device, engine_name),
         thinking=pair,
         checkers=checkers,
         max_tokens={"fast": max_fast, "slow": max_slow},

@@ -13,6 +13,7 @@ import typer
 from kvroute.cli.common import (
     Device,
     Dtype,
+    EngineName,
     Force,
     Json,
     Model,
@@ -59,6 +60,7 @@ def command(
     decide_only: Annotated[bool, typer.Option("--decide-only", help="The choice alone, no answer.")] = False,
     dtype: Dtype = "auto",
     device: Device = None,
+    engine_name: EngineName = "transformers",
     restart: Restart = False,
     force: Force = False,
     quiet: Quiet = False,
@@ -77,7 +79,7 @@ def command(
     if file is not None and not rows:
         raise InvalidInputError(f"{file} holds no question.")
     prompts = [_prompt(row, prompt, file, number) for number, row in rows]
-    engine = load_engine(model, dtype, device)
+    engine = load_engine(model, dtype, device, engine_name)
     max_tokens = min(1024, engine.info.context // 2) if max_tokens is None else max_tokens
     router = Router(
         engine,

@@ -13,6 +13,7 @@ import typer
 from kvroute.cli.common import (
     Device,
     Dtype,
+    EngineName,
     Force,
     Head,
     Json,
@@ -44,6 +45,7 @@ def command(
     head: Head = None,
     dtype: Dtype = "auto",
     device: Device = None,
+    engine_name: EngineName = "transformers",
     restart: Restart = False,
     force: Force = False,
     quiet: Quiet = False,
@@ -59,7 +61,7 @@ def command(
         raise InvalidInputError(f"{file} holds no row.")
     pairs = [(_prompt(row, file, number), text_field(row, "answer", file, number)) for number, row in rows]
     finish = [_finish(row, file, number) for number, row in rows]
-    engine = load_engine(model, dtype, device)
+    engine = load_engine(model, dtype, device, engine_name)
     fitted = load_calibrator(calibrator, engine.info)
     evaluator = SelfEvaluator(engine, calibrator=fitted, scores=names_in(scores), head=head)
     began = time.perf_counter()

@@ -11,6 +11,7 @@ import typer
 from kvroute.cli.common import (
     Device,
     Dtype,
+    EngineName,
     Force,
     Json,
     Model,
@@ -18,6 +19,7 @@ from kvroute.cli.common import (
     load_engine,
     load_spec,
     print_json,
+    require_caches,
     show_progress,
 )
 from kvroute.errors import InvalidInputError
@@ -61,6 +63,7 @@ def command(
     seed: Annotated[int, typer.Option(help="Of everything random.")] = 0,
     dtype: Dtype = "auto",
     device: Device = None,
+    engine_name: EngineName = "transformers",
     force: Force = False,
     quiet: Quiet = False,
     as_json: Json = False,
@@ -69,6 +72,7 @@ def command(
 
     The folder gets the head, a model card, and search.json with every candidate that was tried.
     """
+    require_caches(engine_name, "kvroute train")
     from kvroute.files import write_json
     from kvroute.heads.search import Kind, SearchOptions
     from kvroute.heads.training import train_head
@@ -91,7 +95,7 @@ def command(
         changes["kinds"] = (kind,)
     options = SearchOptions.quick(**changes) if quick else SearchOptions(**changes)
     rows, meta = read_labels(labels)
-    engine = load_engine(model, dtype, device)
+    engine = load_engine(model, dtype, device, engine_name)
     head, report = train_head(
         engine, rows, meta, target=cast(Literal["difficulty", "correct"], target), search=options, seed=seed,
         windows=windows, every=every, progress=show_progress(quiet),

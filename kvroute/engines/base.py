@@ -18,6 +18,11 @@ if TYPE_CHECKING:
 Vectors = np.ndarray[Any, np.dtype[np.float32]]
 
 
+def decides_inside(engine: object) -> bool:
+    """Whether an engine keeps its caches elsewhere, and decides and reads there: vLLM, in this process or another."""
+    return bool(getattr(engine, "decides_inside", False))
+
+
 @runtime_checkable
 class Engine(Protocol):
     """Runs a causal model and gives features from its KV cache."""

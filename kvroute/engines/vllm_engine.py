@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from kvroute.errors import InvalidInputError, KVRouteError, MissingExtraError, ModelLoadError, TextTooLongError
-from kvroute.generation import SamplingOptions, TokenIds
+from kvroute.generation import TokenIds
 from kvroute.serving.about import connector_settings
 from kvroute.serving.config import ServingConfig
 from kvroute.serving.engine_link import EngineLink
@@ -80,17 +80,23 @@ class VLLMEngine(VLLMBase):
     def __repr__(self) -> str:
         return f"VLLMEngine({self._name!r})"
 
-    def _check_lengths(self, prompts: Sequence[str | TokenIds], options: SamplingOptions) -> None:
-        limit = self._context - options.max_tokens
-        for index, prompt in enumerate(prompts):
+    def _check_lengths(self, prompts: Sequence[str | TokenIds], max_tokens: Sequence[int]) -> None:
+        for index, (prompt, wanted) in enumerate(zip(prompts, max_tokens, strict=True)):
             ids = prompt.ids if isinstance(prompt, TokenIds) else ()
+            limit = self._context - wanted
+            if wanted >= self._context:
+                raise InvalidInputError(
+                    f"max_tokens={wanted} was asked for, and the context holds {self._context} tokens, prompt and "
+                    "answer together.",
+                    hint="Lower max_tokens, or raise max_model_len.",
+                )
             if len(ids) > limit:
                 raise TextTooLongError(
                     index,
                     len(ids),
-                    max(limit, 0),
+                    limit,
                     hint=f"The context holds {self._context} tokens, prompt and answer together: shorten the prompt, "
-                    f"or lower max_tokens ({options.max_tokens}).",
+                    f"or lower max_tokens ({wanted}).",
                 )
             outside = next((t for t in ids if not 0 <= t < self._vocabulary), None)
             if outside is not None:

@@ -22,12 +22,14 @@ class Decide:
         mode: demanded; then nothing is decided.
         shadow: decide, say so, and change nothing.
         confidence: name of the head that says how likely the answer is right.
+        reserve: tokens that the answer may have beyond ``max_tokens``: those of its mode, which count there.
     """
 
     policy: str | None = None
     mode: Mode | None = None
     shadow: bool = False
     confidence: str | None = None
+    reserve: int = 0
 
 
 @dataclass(frozen=True, slots=True)

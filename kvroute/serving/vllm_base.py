@@ -93,6 +93,8 @@ class VLLMBase:
     """
 
     _link: Link
+    decides_inside = True
+    """A :class:`~kvroute.Router` leaves decisions to the engine, which has policies of its own."""
 
     def __init__(self, *, tokenizer: Any, info: ModelInfo | None, name: str) -> None:
         self._info = info
@@ -465,20 +467,22 @@ class VLLMBase:
             p if isinstance(p, TokenIds) or (isinstance(p, str) and not here) else TokenIds(tuple(next(found)))
             for p in prompts
         ]
-        self._check_lengths(ready, options)
+        more = [0 if d is None else d.reserve for d in decided]
+        self._check_lengths(ready, [options.max_tokens + n for n in more])
+        written = {n: options.model_copy(update={"max_tokens": options.max_tokens + n}) for n in set(more)}
         return [
             Job(
                 i,
                 prompt,
                 with_more(plain, decided[i], None if starts is None else starts[i]),
-                options,
+                written[more[i]],
                 seed,
                 () if choices is None else tuple(choices[i]),
             )
             for i, (prompt, seed) in enumerate(zip(ready, seeds(ready, options), strict=True))
         ]
 
-    def _check_lengths(self, prompts: Sequence[str | TokenIds], options: SamplingOptions) -> None:
+    def _check_lengths(self, prompts: Sequence[str | TokenIds], max_tokens: Sequence[int]) -> None:
         """Nothing: a server refuses what does not fit."""
 
     def _check_sif(self, specs: Sequence[PoolingSpec], weights: Vectors) -> None:
