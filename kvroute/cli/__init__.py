@@ -9,6 +9,7 @@ import typer
 
 from kvroute._version import __version__
 from kvroute.cli import ask, calibrate, embed, evaluate, info, label, route, score, serve, train
+from kvroute.cli.common import close_engines
 from kvroute.errors import KVRouteError
 
 app = typer.Typer(
@@ -62,3 +63,5 @@ def main(arguments: list[str] | None = None) -> None:
             raise
         typer.echo(f"kvroute: {error}", err=True)
         sys.exit(2)
+    finally:
+        close_engines()

@@ -9,7 +9,6 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast
 
-import click
 import typer
 
 from kvroute.errors import InvalidInputError, ModelMismatchError
@@ -57,9 +56,7 @@ def load_engine(model: str, dtype: str, device: str | None, engine: str = "trans
     transformers_logging.disable_progress_bar()
     if engine != "transformers":
         found: Any = _vllm(model, dtype, device, engine)
-        typer_context = click.get_current_context(silent=True)
-        if typer_context is not None:
-            typer_context.call_on_close(found.close)
+        _open.append(found)
         return cast("TransformersEngine", found)
     from kvroute import TransformersEngine
 
@@ -95,6 +92,15 @@ def _vllm(model: str, dtype: str, device: str | None, engine: str) -> VLLMEngine
         client.close()
         raise
     return client
+
+
+_open: list[VLLMEngine | VLLMClient] = []
+
+
+def close_engines() -> None:
+    """Let go of the engines that commands have loaded."""
+    while _open:
+        _open.pop().close()
 
 
 def require_caches(engine: str, what: str) -> None:
