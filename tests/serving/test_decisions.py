@@ -10,15 +10,20 @@ import json
 import shutil
 import sys
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from kvroute import Policy, PoolingSpec, Router, TransformersEngine
+from kvroute import AnswerPooling, ChainSpec, Policy, PoolingSpec, Router, TransformersEngine
+from kvroute.confidence_maps import LogisticMap
 from kvroute.heads.head import DifficultyHead
+from kvroute.heads.models import RidgeModel
+from kvroute.info import ModelInfo
 from tests.serving.processes import ROOT, run_module
+from tests.serving_files import a_head
 
 pytestmark = pytest.mark.vllm
 THINKER = ROOT / "examples/tiny_thinker"
@@ -69,10 +74,14 @@ class Thinker:
             "slow": Policy(kind="slow"),
             "random": Policy(kind="random", seed=4),
         }
+        self.confidence = _confidence(self.engine.info)
+        self.confidence.save(folder / "heads" / "right")
         self.routed = {}
         for name, policy in self.policies.items():
             policy.save(folder / f"{name}.json")
-            router = Router(self.engine, policy, head=head if policy.reads_difficulty else None)
+            router = Router(
+                self.engine, policy, head=head if policy.reads_difficulty else None, confidence=self.confidence
+            )
             requests = router._requests(chats, None, None)
             self.prompts = [r.layout.base for r in requests]
             self.suffixes = {"fast": requests[0].layout.fast, "slow": requests[0].layout.slow}
@@ -80,7 +89,7 @@ class Thinker:
                 chats,
                 max_tokens=LIMIT,
                 temperature=0.0,
-                features={"answer": _answer(), "chain": _chain()} if name == "two" else None,
+                features={"answer": AnswerPooling(PoolingSpec(layers="last:2")), "chain": ChainSpec()},
             )
 
     def check(self, name: str, answers: list[dict]) -> Counter[str]:
@@ -127,16 +136,18 @@ class Thinker:
         return float(logits.max() - logits[there[place]]) < TIE
 
 
-def _answer():
-    from kvroute import AnswerPooling
-
-    return AnswerPooling(PoolingSpec(layers="last:2"))
-
-
-def _chain():
-    from kvroute import ChainSpec
-
-    return ChainSpec()
+def _confidence(info: ModelInfo) -> DifficultyHead:
+    """A head for the model with random weights: what it says means nothing, and differs by answer."""
+    spec = PoolingSpec(layers="last:2", part="v", heads="concat")
+    blank = a_head(info, spec)
+    weight = np.random.default_rng(0).standard_normal(blank.predictor.dim).astype(np.float32)
+    ones = np.ones_like(weight)
+    return replace(
+        blank,
+        target="correct",
+        predictor=RidgeModel(0 * ones, ones, weight, np.array([0.5])),
+        map=LogisticMap(means=(0.5,), scales=(1.0,), coefficients=(1.5,), intercept=0.1),
+    )
 
 
 @pytest.fixture(scope="module")
@@ -157,7 +168,7 @@ def serve(thinker: Thinker, folder: Path, engine: dict, jobs: list[dict]) -> tup
     ]
     job = {
         "engine": {"disable_log_stats": False, "max_num_seqs": 32, **engine},
-        "extra": {"policies": str(thinker.folder)},
+        "extra": {"policies": str(thinker.folder), "heads": str(thinker.folder / "heads"), "strict": True},
         "jobs": jobs,
         "counts": list(COUNTS),
     }
@@ -172,7 +183,7 @@ def test_the_same_answers_as_on_transformers(thinker, tmp_path):
     mixed = [{"policy": "one"}, {"policy": "two"}, None, {"policy": "random"}, {"mode": "fast"}]
     jobs = [
         {"asks": [{"policy": "one"}] * many},
-        {"asks": [{"policy": "two", "features": features}] * many},
+        {"asks": [{"policy": "two", "features": features, "confidence": "right"}] * many},
         {"asks": [None] * many},
         {"asks": [{"policy": "two", "shadow": True}] * many, "args": {"kvroute_rid": "someone"}},
         {"asks": [mixed[i % 5] for i in range(many)]},
@@ -206,11 +217,13 @@ def test_the_same_answers_as_on_transformers(thinker, tmp_path):
             compared += 1
             vector = routed.generation.features["answer"]
             np.testing.assert_allclose(answer["result"]["features"]["answer"], vector, atol=1e-4 * np.abs(vector).max())
+            assert answer["result"]["confidence"]["value"] == pytest.approx(routed.confidence, abs=1e-4)
             for name in ("kv_coe_r_token", "kv_coe_c_token"):
                 value = routed.generation.scores[name].value
                 assert answer["result"]["scores"][name]["value"] == pytest.approx(value, rel=1e-3, abs=1e-4)
 
     assert compared > 20
+    assert np.std([a["result"]["confidence"]["value"] for a in two]) > 0.01
 
     # no prompt went through the model twice: that is what the engine itself counted
     whole = sum(map(len, thinker.prompts))
