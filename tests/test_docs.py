@@ -1,4 +1,7 @@
-"""Runs every block of README and docs: Python blocks in one namespace a page, shell blocks line by line."""
+"""Runs every block of README and docs: Python blocks in one namespace a page, shell blocks line by line.
+
+Those of the README's section "Inside vLLM" need a server: ``tests/serving/test_readme.py`` runs them.
+"""
 
 from __future__ import annotations
 
@@ -16,10 +19,13 @@ BLOCK = re.compile(r"^```(?P<kind>python|bash|json|text)\n(?P<body>.*?)^```$", r
 FENCE = re.compile(r"^```(?P<kind>[^\n]*)\n", re.MULTILINE)
 # `make test` runs this very file, so a block that calls it is not run again from within.
 RECURSIVE = {"make test"}
+SERVED = re.compile(r"^## Inside vLLM\n.*?(?=^## |\Z)", re.MULTILINE | re.DOTALL)
 
 
-def blocks(page: Path, kind: str) -> list[str]:
-    return [m["body"] for m in BLOCK.finditer(page.read_text()) if m["kind"] == kind]
+def blocks(page: Path, kind: str, *, served: bool = False) -> list[str]:
+    text = page.read_text()
+    text = "".join(SERVED.findall(text)) if served else SERVED.sub("", text)
+    return [m["body"] for m in BLOCK.finditer(text) if m["kind"] == kind]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
