@@ -26,9 +26,11 @@ from kvroute.serving.forcing import BOARD, Board
 from kvroute.serving.looking import Gather, Looker
 from kvroute.serving.messages import Array, Norms, StepMeta, StepRequest, StepResults, Sums
 from kvroute.serving.pages import LayerPages, stack_pages, view_of
-from kvroute_kernels import KVView
+from kvroute_kernels import KVView, WindowError
 
 _log = logging.getLogger(__name__)
+_RUN = 4
+"""New tokens a request, on average, from which on they are read as slices."""
 _LOGGED = 5
 """Faults that are logged in full; all are counted."""
 
@@ -366,18 +368,17 @@ class WorkerSide:
         fresh, feeds = tokens.new, []
         for some, chosen in ((plain, fresh), (windowed, _any([signs != 0 for *_, signs in windowed]))):
             layers = {layer for _, _, spec, _ in some for layer in spec.read_layers(self._num_layers)}
-            if some is plain and chains:
-                layers |= set(range(self._num_layers))
             if not layers:
                 continue
             part = tokens if bool(chosen.all()) else tokens.where(chosen)
             got = self._gathered(view, part, sorted(layers))
             feeds.append((some, chosen, part, got))
+        terms = self._chain_terms(view, requests, chains, tokens) if chains else None
         slots = torch.tensor([self._asked[r.id].slot for r in requests])
         self._touched = True
+        if terms is not None:
+            results.norms = self._feed_chains(*terms, requests, chains, slots)
         for some, chosen, part, got in feeds:
-            if some is plain and chains:
-                results.norms = self._feed_chains(got, requests, chains, part, slots)
             for key, rows, spec, signs in some:
                 results.sums[key] = self._add_sums(got, key, rows, spec, signs[chosen], part, slots, requests)
         results.read = {r.id: r.high for r in requests}
@@ -445,23 +446,57 @@ class WorkerSide:
         total[mine] += torch.zeros(len(rows), dtype=torch.float64).index_add_(0, row, signs)
         return Sums([requests[i].id for i in rows], out[0], out[1], total[mine].numpy())
 
-    def _feed_chains(
-        self, got: _Gathered, requests: Sequence[StepRequest], rows: list[int], tokens: _Tokens, slots: Tensor
-    ) -> Norms:
+    def _chain_terms(
+        self, view: KVView, requests: Sequence[StepRequest], rows: list[int], tokens: _Tokens
+    ) -> tuple[Tensor, list[Tensor]]:
+        """Of the new tokens of R requests the means over layers ``[T, F]``, keys beside values, and of keys and of
+        values the sums over each request's tokens ``[R, L, H*D]``; float32."""
         layers = tuple(range(self._num_layers))
-        parts = [got.pick(layers, part).flatten(2) for part in (0, 1)]  # [T, L, F]
-        sequence = tokens.sequence
-        if len(rows) < len(requests):
-            chosen = _among(sequence, rows)
-            sequence = sequence[chosen]
-            parts = [x[chosen.to(x.device)] for x in parts]
-        device = parts[0].device
-        row = _places(len(requests), rows)[sequence].to(device)
+        fresh = sum(requests[i].high - requests[i].low for i in rows)
+        if len(view.groups) == 1 and view.groups[0].layers == layers and fresh >= _RUN * len(rows):
+            try:
+                return self._run_terms(view, requests, rows)
+            except WindowError as error:
+                raise WindowedLayerError(str(error)) from error
+        part = tokens.where(tokens.new & _among(tokens.sequence, rows))
+        got = self._gathered(view, part, layers)
+        row = _places(len(requests), rows)[part.sequence]
+        both = [got.pick(layers, part).flatten(2) for part in (0, 1)]  # [T, L, F]
+        sums = [_sums_by_row(x, row.to(x.device), len(rows)) for x in both]
+        return torch.cat([x.mean(dim=1) for x in both], dim=1), sums
+
+    @staticmethod
+    def _run_terms(view: KVView, requests: Sequence[StepRequest], rows: list[int]) -> tuple[Tensor, list[Tensor]]:
+        """The same, run by run: tokens that follow each other in a page are read as one slice, which costs a third
+        of what it takes to pick them one by one."""
+        group = view.groups[0]
+        means: tuple[list[Tensor], list[Tensor]] = ([], [])
+        sums: tuple[list[Tensor], list[Tensor]] = ([], [])
+        for i in rows:
+            offset, start = int(group.table.offset[i]), requests[i].low
+            mine: list[Tensor | None] = [None, None]
+            while start < requests[i].high:
+                page_end = ((start + offset) // group.page_size + 1) * group.page_size - offset
+                stop = min(requests[i].high, page_end)
+                for part, piece in enumerate(view.token_slices(group, i, start, stop)):
+                    x = torch.empty(piece.shape, device=piece.device).copy_(piece)  # [L, H, n, D]
+                    before, summed = mine[part], x.sum(dim=2).flatten(1)
+                    mine[part] = summed if before is None else before + summed
+                    means[part].append(x.mean(dim=0).transpose(0, 1).flatten(1))
+                start = stop
+            for part, whole in enumerate(mine):
+                assert whole is not None
+                sums[part].append(whole)
+        return torch.cat([torch.cat(x) for x in means], dim=1), [torch.stack(x) for x in sums]
+
+    def _feed_chains(
+        self, z: Tensor, summed: list[Tensor], requests: Sequence[StepRequest], rows: list[int], slots: Tensor
+    ) -> Norms:
+        device = z.device
         counts = torch.tensor([requests[i].high - requests[i].low for i in rows])
         mine = slots[rows].to(device)
         last_at = (counts.cumsum(0) - 1).to(device)
         first_at = last_at - counts.to(device) + 1
-        z = torch.cat([x.mean(dim=1) for x in parts], dim=1)
         first = self._rows.get("chain|first", z.shape[1:], torch.float32, device)
         last = self._rows.get("chain|last", z.shape[1:], torch.float32, device)
         fresh = torch.tensor([requests[i].low == requests[i].answer_start for i in rows], device=device)
@@ -471,9 +506,9 @@ class WorkerSide:
         first[mine] = torch.where(fresh[:, None], z[first_at], first[mine])
         last[mine] = z[last_at]
         norm, move, span = [], [], []
-        for x, letter in zip(parts, "kv", strict=True):
+        for x, letter in zip(summed, "kv", strict=True):
             state = self._rows.get(f"chain|layers|{letter}", x.shape[1:], torch.float64, device)
-            by_layer = state[mine] + _sums_by_row(x, row, len(rows))
+            by_layer = state[mine] + x
             state[mine] = by_layer
             norm.append(_square(by_layer))
             move.append(_square(by_layer[:, 1:] - by_layer[:, :-1]))
