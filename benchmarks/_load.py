@@ -1,0 +1,111 @@
+"""Requests sent to a real server and timed, and what its processes take: shared by the scripts that start one."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import time
+import urllib.request
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+
+@dataclass
+class Times:
+    """Of streamed requests.
+
+    Attributes:
+        first: by request, seconds to its first token.
+        between: seconds between two tokens, of all requests.
+    """
+
+    first: list[float] = field(default_factory=list)
+    between: list[float] = field(default_factory=list)
+
+
+@dataclass
+class Streamed:
+    """What one streamed request gave.
+
+    Attributes:
+        tokens: of its answer, as the server counts them.
+        result: what kvroute said, or None.
+    """
+
+    tokens: int
+    result: dict[str, Any] | None
+
+
+def stream(url: str, body: Mapping[str, Any], times: Times) -> Streamed:
+    """One completion, streamed.
+
+    Args:
+        url: of the server.
+        body: of the request, without ``stream``.
+        times: takes its times.
+
+    Raises:
+        RuntimeError: the server answered with an error.
+    """
+    connection = http.client.HTTPConnection(urlsplit(url).netloc, timeout=600)
+    asked = json.dumps({**body, "stream": True, "stream_options": {"include_usage": True}})
+    began = last = time.perf_counter()
+    connection.request("POST", "/v1/completions", asked, {"Content-Type": "application/json"})
+    answer = connection.getresponse()
+    if answer.status != 200:
+        raise RuntimeError(answer.read().decode())
+    found = Streamed(0, None)
+    for chunk in _events(answer):
+        now = time.perf_counter()
+        if chunk.get("choices"):
+            (times.between if found.tokens else times.first).append(now - (last if found.tokens else began))
+            last = now
+            found.tokens += 1
+        if chunk.get("usage"):
+            found.tokens = int(chunk["usage"]["completion_tokens"])
+        found.result = (chunk.get("kv_transfer_params") or {}).get("kvroute", found.result)
+    connection.close()
+    return found
+
+
+def stream_all(url: str, bodies: Sequence[Mapping[str, Any]], times: Times) -> list[Streamed]:
+    """All at once, one thread a request."""
+    with ThreadPoolExecutor(len(bodies)) as threads:
+        return list(threads.map(lambda body: stream(url, body, times), bodies))
+
+
+def _events(lines: http.client.HTTPResponse) -> Iterator[dict[str, Any]]:
+    for line in lines:
+        if line.startswith(b"data: ") and not line.startswith(b"data: [DONE]"):
+            yield json.loads(line[len(b"data: ") :])
+
+
+def metric(url: str, name: str) -> float:
+    """A metric of a server, summed over its labels; 0 where there is none."""
+    with urllib.request.urlopen(f"{url}/metrics", timeout=60) as page:
+        lines = page.read().decode().splitlines()
+    return sum(float(line.rsplit(" ", 1)[1]) for line in lines if line.split("{")[0].split(" ")[0] == name)
+
+
+def processes_below(parent: int) -> list[int]:
+    """A process and all that it started, by id."""
+    found, waiting = [], [parent]
+    while waiting:
+        one = waiting.pop()
+        found.append(one)
+        for task in Path(f"/proc/{one}/task").glob("*/children"):
+            waiting += map(int, task.read_text().split())
+    return found
+
+
+def cpu_seconds(processes: Sequence[int]) -> float:
+    """That processes and their threads have run so far (Linux)."""
+    total = 0
+    for process in processes:
+        for task in Path(f"/proc/{process}/task").glob("*/schedstat"):
+            total += int(task.read_text().split()[0])
+    return total / 1e9
