@@ -239,8 +239,7 @@ def serve_command(port: int) -> list[str]:
     return [
         *(sys.executable, "-m", "kvroute.cli", "serve", str(THINKER / "model"), "--policy", str(THINKER)),
         *("--name", "tiny-thinker", "--port", str(port), "--dtype", "float32"),
-        # The policy looks again in mid-answer, so it must know each token before the next step.
-        *("--enforce-eager", "--no-async-scheduling"),
+        "--enforce-eager",
     ]
 
 
