@@ -267,7 +267,7 @@ class Looker:
 
     @staticmethod
     def _readable(group: _Group, vectors: Vectors) -> list[Vectors | None]:
-        good = np.isfinite(vectors).all(axis=1).tolist()
+        good = [bool(np.isfinite(vector).all()) for vector in vectors]
         group.faults[:] = [f if f or fine else _UNREAD for f, fine in zip(group.faults, good, strict=True)]
         return [vector if fine else None for vector, fine in zip(vectors, good, strict=True)]
 
