@@ -21,7 +21,12 @@ MIDDLEWARE = "kvroute.serving.middleware.KVRouteMiddleware"
 
 @contextlib.contextmanager
 def serving(
-    model: Path, log: Path, *options: str, transfer: Mapping[str, Any] | None = CONNECTOR, name: str = "model"
+    model: Path,
+    log: Path,
+    *options: str,
+    transfer: Mapping[str, Any] | None = CONNECTOR,
+    name: str = "model",
+    patience: float = 240.0,
 ) -> Iterator[str]:
     """Serve a model with kvroute and its middleware, or vLLM alone where ``transfer`` is None.
 
@@ -31,6 +36,7 @@ def serving(
         options: more of the server's.
         transfer: value of ``--kv-transfer-config``.
         name: that it serves the model under.
+        patience: seconds that its start may take.
 
     Yields:
         its address.
@@ -47,7 +53,7 @@ def serving(
         process = subprocess.Popen([*command, *options], cwd=ROOT, env=environment(), stdout=out, stderr=out)
     try:
         url = f"http://127.0.0.1:{port}"
-        _wait(url, process, log)
+        _wait(url, process, log, patience)
         yield url
     finally:
         process.terminate()
@@ -58,8 +64,8 @@ def serving(
             process.wait()
 
 
-def _wait(url: str, process: subprocess.Popen[bytes], log: Path) -> None:
-    end = time.monotonic() + 240
+def _wait(url: str, process: subprocess.Popen[bytes], log: Path, patience: float) -> None:
+    end = time.monotonic() + patience
     while time.monotonic() < end and process.poll() is None:
         try:
             urllib.request.urlopen(f"{url}/health", timeout=2).close()
