@@ -12,6 +12,7 @@ from kvroute.generation import TokenIds
 from kvroute.serving.about import connector_settings
 from kvroute.serving.config import ServingConfig
 from kvroute.serving.engine_link import EngineLink
+from kvroute.serving.launching import looks_twice
 from kvroute.serving.plugin import NAME, register
 from kvroute.serving.vllm_base import VLLMBase, load_tokenizer
 
@@ -59,7 +60,9 @@ class VLLMEngine(VLLMBase):
             raise InvalidInputError(f"in_flight is at least 1, not {in_flight}.")
         folders = {"policies": policies, "heads": heads}
         extra = {**(settings or {}), **{k: str(v) for k, v in folders.items() if v is not None}}
-        ServingConfig.read(extra or None)  # a wrong setting is found here, not in another process
+        served = ServingConfig.read(extra or None)  # a wrong setting is found here, not in another process
+        if looks_twice(served):
+            vllm_options.setdefault("async_scheduling", False)
         source = _source(model)
         config = _vllm_config(source, extra, revision, vllm_options)
         self._name = str(model)

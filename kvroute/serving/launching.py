@@ -20,6 +20,7 @@ MIDDLEWARE: Final = (
     "kvroute.serving.middleware.KVRouteMiddleware",  # the last one is outermost: it sees every answer
 )
 _FORCING: Final = "kvroute.serving.logits_processor:ForcedTokens"
+_ASYNC: Final = ("--async-scheduling", "--no-async-scheduling")
 _OURS: Final = ("--kv-transfer-config", "--kv_transfer_config")
 
 
@@ -65,7 +66,7 @@ def server_command(
         extra["policies"] = str(folder.resolve())
     if heads is not None:
         extra["heads"] = str(heads.resolve())
-    ServingConfig.read(extra or None)
+    config = ServingConfig.read(extra or None)
     transfer: dict[str, Any] = {"kv_connector": NAME, "kv_role": "kv_producer"}
     command = [python, "-m", "vllm.entrypoints.openai.api_server"]
     command += ["--model", str(bundled_path(model)) if model in BUNDLED else model]
@@ -76,9 +77,16 @@ def server_command(
         # kvroute lies on the path and is not installed, so vLLM does not find its parts by itself.
         transfer["kv_connector_module_path"] = "kvroute.serving.connector"
         command += ["--logits-processors", _FORCING]
+    if looks_twice(config) and not any(o.split("=")[0] in _ASYNC for o in options):
+        command.append("--no-async-scheduling")
     if extra:
         transfer["kv_connector_extra_config"] = extra
     return [*command, "--kv-transfer-config", json.dumps(transfer), *options]
+
+
+def looks_twice(config: ServingConfig) -> bool:
+    """Whether a policy looks at tokens in mid-answer, which an engine that schedules ahead of them has not yet."""
+    return any(served.policy.kind == "two-step" for served in config.catalog.policies.values())
 
 
 def shown(command: Sequence[str]) -> str:

@@ -50,6 +50,10 @@ def test_the_command(tmp_path: Path) -> None:
         "policies": str(tmp_path / "policies")
     }
     assert option(file, "--served-model-name") == ["m"]
+    # a two-step policy looks at what was written, which an engine that schedules ahead does not have yet
+    assert made.count("--no-async-scheduling") == file.count("--no-async-scheduling") == 1
+    own = server_command("m", policies=tmp_path / "policies", options=["--async-scheduling"])
+    assert "--no-async-scheduling" not in own + server_command("m")
 
 
 def test_the_middleware_is_there_to_be_loaded() -> None:
