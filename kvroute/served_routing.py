@@ -186,6 +186,8 @@ class Batch:
         tail = Tail(router, request, options, behind=self.decide[index] is None)
         for token in generation.token_ids:
             tail.push(token)
+        tail.settle()
+        stopped = tail.stopped  # before the rest of the text is there, as where an answer is written
         tail.finish()
         written = tail.tokens
         request.follow(written, router.closing)
@@ -196,7 +198,7 @@ class Batch:
             if decision.switch is not None and decision.switch.token >= limit:
                 decision.switch = None
         reason: FinishReason = generation.finish_reason
-        if tail.stopped:
+        if stopped:
             reason = "stop"
         elif cut:
             reason = "length"
@@ -295,10 +297,13 @@ class Tail:
             return []
         return self._settle()
 
-    def finish(self) -> tuple[list[tuple[int, str]], str]:
-        """The answer has ended: what is still held, and the rest of the text."""
-        rest = [] if self._known else self._settle()
-        return rest, self._text.finish()
+    def settle(self) -> list[tuple[int, str]]:
+        """No token follows: those that are still held."""
+        return [] if self._known else self._settle()
+
+    def finish(self) -> str:
+        """The answer has ended: the rest of the text."""
+        return self._text.finish()
 
     def _settle(self) -> list[tuple[int, str]]:
         self._known = True
@@ -382,10 +387,9 @@ def _pieces(batch: Batch, chunks: Iterator[Any], options: SamplingOptions) -> It
             for token, text in tail.push(chunk.token_id):
                 yield RoutedChunk(i, text, token, phase.of(token, tail))
         if chunk.generation is not None:
-            held, rest = tail.finish()
-            for token, text in held:
+            for token, text in tail.settle():
                 yield RoutedChunk(i, text, token, phase.of(token, tail))
-            yield RoutedChunk(i, rest, None, phase.now, False, batch.answer(i, chunk.generation, options))
+            yield RoutedChunk(i, tail.finish(), None, phase.now, False, batch.answer(i, chunk.generation, options))
 
 
 class _Phase:
