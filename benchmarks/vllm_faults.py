@@ -211,8 +211,9 @@ def with_faults(
         thrown: list[int] = []
         with point.replaced(lambda f, at=at, thrown=thrown: _throwing(f, at, thrown)):
             batch = served.batch()
-        rows.append({"point": str(point), "module": point.module, "thrown": len(thrown), **vars(batch)})
-        served.batch()  # a good one, so that the breaker sees no row of faults
+        row = {"point": str(point), "module": point.module, "thrown": len(thrown), **vars(batch)}
+        # a good one, so that the breaker sees no row of faults; what failed last is told with the next step
+        rows.append(row | {"faults": batch.faults + served.batch().faults})
     nan = [_nan_batch(served, kind) for kind in KINDS if ASKS[kind] is not None]
     torn = served.batch({"features": {"confidence": "torn"}, "policy": {"policy": "torn"}, "nothing": None})
     again = served.batch()

@@ -404,7 +404,7 @@ def main() -> None:
     figures |= {"features_missing": exact(absent, "<= 0")}
     if any(c.jobs == (CROWD,) for c in cases):
         figures["preemptions"] = exact(preempted, ">= 1")
-    if any(len(c.jobs) > 1 and c.way == "in process" for c in cases):
+    if any(job.name == "warm" for case in cases for job in case.jobs):
         figures["prompt_tokens_found_in_cache"] = exact(hits, ">= 1")
     print("\n" + figure_table(_worst_first(figures)))
     for case in skipped:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import functools
 import logging
@@ -82,8 +81,10 @@ def _guarded(neutral: Callable[..., Any]) -> Callable[[Callable[..., _T]], Calla
                 return neutral(self, *args, **kwargs)  # type: ignore[no-any-return]
             finally:
                 if self._scheduler is not None:
-                    with contextlib.suppress(Exception):
+                    try:
                         self._scheduler.tally.spent("scheduler", time.perf_counter() - began)
+                    except Exception as error:  # noqa: BLE001 - the engine must not see it
+                        self._failed("", error, args)
 
         return guarded
 
@@ -255,8 +256,8 @@ class KVRouteConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
                 if side.asked(request):
                     count = scheduler_output.num_scheduled_tokens[request]
                     scheduled.append((request, start, count, functools.partial(state.get_block_ids, request)))
-        except Exception:  # noqa: BLE001 - the engine must not see it
-            _log.exception("kvroute could not read the engine's schedule.")
+        except Exception as error:  # noqa: BLE001 - what was read of it so far is right
+            side.failed(error)
         return StepMessage(side.step(scheduled))
 
     @_guarded(_nothing)

@@ -116,14 +116,17 @@ class Mailbox:
                     del self._slots[id]
 
 
-def deliver(results: Mapping[str, dict[str, Any]], mailbox: Mailbox | None = None) -> None:
-    """Put results by the engine's ids into the process's mailbox. Raises nothing."""
+def deliver(results: Mapping[str, dict[str, Any]], mailbox: Mailbox | None = None) -> int:
+    """Put results by the engine's ids into the process's mailbox. Raises nothing; returns how many could not be put."""
     box = MAILBOX if mailbox is None else mailbox
+    failed = 0
     for request, result in results.items():
         try:
             box.put(request, result)
         except Exception:  # noqa: BLE001 - it runs in the loop that hands out everybody's answers
+            failed += 1
             _log.warning("kvroute could not deliver a result.", exc_info=True)
+    return failed
 
 
 def _candidates(request: str) -> list[tuple[int, str]]:

@@ -100,7 +100,9 @@ class KVRouteMetrics(KVConnectorPromMetrics):  # type: ignore[misc]
     def observe(self, transfer_stats_data: dict[str, Any], engine_idx: int = 0) -> None:
         """Take one step's payload. Raises nothing: it runs in the loop that hands out everybody's answers."""
         try:
-            deliver(transfer_stats_data.get("results", {}))
+            failed = deliver(transfer_stats_data.get("results", {}))
+            if failed:
+                self._counters["faults"].labels(*self.per_engine_labelvalues[engine_idx], "mailbox").inc(failed)
             self._count(transfer_stats_data, self.per_engine_labelvalues[engine_idx])
         except Exception:  # noqa: BLE001 - see above
             _log.warning("kvroute could not count a step.", exc_info=True)
