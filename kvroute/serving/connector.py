@@ -108,6 +108,7 @@ class KVRouteConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         self._worker: WorkerSide | None = None
         self._scheduler: SchedulerSide | None = None
         if role == KVConnectorRole.SCHEDULER:
+            model.prepare()
             off = None
             if vllm_config.speculative_config is not None:
                 off = "kvroute reads no features under speculative decoding: drafted tokens may be taken back."

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from kvroute.errors import KVRouteError
 from kvroute.info import LayerInfo, ModelInfo
+from kvroute.pooling import PRESETS
 from kvroute.serving.deciding import ThinkingTokens
 from kvroute.serving.messages import Array
 from kvroute.serving.vllm_facts import layer_sizes
@@ -54,6 +55,17 @@ class ServedModel:
         if a not in self._tables:
             self._tables[a] = self._frequencies.weights(a)
         return self._tables[a]
+
+    def prepare(self) -> None:
+        """Load the tokenizer and make the tables of the presets' SIF weights: half a second that the first request
+        would cost every one that is running. Raises nothing: what can't be had is told to the requests that need it.
+        """
+        try:
+            for spec in PRESETS.values():
+                if spec.weights == "sif":
+                    self.sif(spec.sif_a)
+        except Exception as error:  # noqa: BLE001 - a tokenizer of the user's own may raise anything
+            _log.info("No frequencies of tokens can be had: %s", error)
 
     def thinking(self, config: ServingConfig) -> ThinkingTokens:
         """How it thinks, in tokens.

@@ -11,6 +11,7 @@ import transformers
 
 from kvroute.errors import AskError, InvalidInputError, UnsupportedModelError
 from kvroute.heads.head import DifficultyHead
+from kvroute.pooling import PRESETS
 from kvroute.serving.config import ServingConfig
 from kvroute.serving.deciding import ThinkingTokens
 from kvroute.serving.served_model import ServedModel
@@ -191,3 +192,16 @@ def test_where_a_thought_ends(tokenizer, text):
     assert len(before) < step_by_step < len(answer)
     assert mark.find(before) is None
     assert mark.find([]) is None
+
+
+def test_tables_that_requests_need_are_made_before_the_first():
+    model = ServedModel(*vllm_config(THINKER / "model"))
+    model.prepare()
+    (a,) = {spec.sif_a for spec in PRESETS.values() if spec.weights == "sif"}
+    assert set(model._tables) == {a}
+    assert model.sif(a) is model._tables[a]
+    parts = vllm_config(THINKER / "model")
+    parts[0].model_config.tokenizer = "no/such-tokenizer"
+    ServedModel(*parts).prepare()
+    with pytest.raises(OSError, match="no/such-tokenizer"):
+        ServedModel(*parts).sif(a)
