@@ -79,6 +79,11 @@ def start_engine(model: str | Path, *, kvroute: Mapping[str, Any] | None = None,
     return LLM(**engine_options(model, kvroute, **options))
 
 
+def stop_engine(engine: Any) -> None:
+    """End an ``LLM``; a core in a process of its own would outlive it and keep this one from ending."""
+    engine.llm_engine.engine_core.shutdown()
+
+
 def engine_options(model: str | Path, kvroute: Mapping[str, Any] | None, **options: Any) -> dict[str, Any]:
     """The arguments of an engine of vLLM's."""
     from vllm.config import KVTransferConfig

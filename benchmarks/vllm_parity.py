@@ -17,6 +17,7 @@ import copy
 import json
 import math
 import os
+import re
 import sys
 import time
 import urllib.request
@@ -149,7 +150,9 @@ def answer_in_process(model: str, options: dict[str, Any], settings: dict[str, A
         params = _vllm.sampling(job["ask"], ignore_eos=True, **job["params"])
         prompts = [{"prompt_token_ids": p} for p in job["prompts"]]
         found.append([_answer(output) for output in engine.generate(prompts, params, use_tqdm=False)])
-    return found, _vllm.metrics(engine).get("vllm:num_preemptions", 0.0)
+    preempted = _vllm.metrics(engine).get("vllm:num_preemptions", 0.0)
+    _vllm.stop_engine(engine)
+    return found, preempted
 
 
 def answer_async(model: str, options: dict[str, Any], settings: dict[str, Any], jobs: Jobs) -> Any:
@@ -357,13 +360,13 @@ def checkpoint(name: str, dtype: str, scratch: Path) -> Path:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_common_arguments(parser)
-    parser.add_argument("--only", default="", help="run the cases whose name holds this")
+    parser.add_argument("--only", default="", help="run the cases whose name this pattern is found in")
     parser.add_argument("--log", type=Path, help="file for what the engines print")
     arguments = parser.parse_args()
     _vllm.prepare(log_level="WARNING")
     prompts = prompt_sets(arguments.seed)
     cores = os.cpu_count() or 1
-    cases = [c for c in (QUICK if arguments.quick else CASES) if arguments.only.lower() in c.name.lower()]
+    cases = [c for c in (QUICK if arguments.quick else CASES) if re.search(arguments.only, c.name, re.I)]
     skipped = [c for c in cases if c.way == "two ranks" and cores < 2]
     rows, figures = [], {}
     absent, preempted, hits, began = 0, 0.0, 0, time.monotonic()
