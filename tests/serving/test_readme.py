@@ -1,0 +1,85 @@
+"""The README's section "Inside vLLM", and the demo: the server that it starts, and every block against that server."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.serving.processes import ROOT, environment
+from tests.test_docs import blocks
+
+sys.path.insert(0, str(ROOT / "examples"))
+
+import vllm_demo
+
+pytestmark = pytest.mark.vllm
+README = ROOT / "README.md"
+PORT = "8000"
+"""That the README has."""
+
+
+def run(arguments: list[str], folder: Path) -> str:
+    ran = subprocess.run(
+        [sys.executable, *arguments], cwd=folder, env=environment(), capture_output=True, text=True, timeout=400,
+        check=False,
+    )  # fmt: skip
+    assert ran.returncode == 0, ran.stdout[-2000:] + ran.stderr[-4000:]
+    return ran.stdout
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where a reader has the examples and nothing else."""
+    found = tmp_path_factory.mktemp("reader")
+    (found / "examples").symlink_to(ROOT / "examples")
+    return found
+
+
+@pytest.fixture(scope="module")
+def url(folder: Path) -> Iterator[str]:
+    """Of the server that the README starts, but for its port."""
+    [block] = blocks(README, "bash", served=True)
+    words = shlex.split(block)
+    assert words[:2] == ["kvroute", "serve"]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    command = [sys.executable, "-m", "kvroute.cli", *words[1:], "--port", port, "--enforce-eager"]
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in environment().items():
+            patch.setenv(name, value)
+        patch.chdir(folder)
+        with vllm_demo.Server(command, f"http://127.0.0.1:{port}", 400) as server:
+            server.start()
+            yield server.url
+
+
+def test_blocks_with_the_server(url, folder):
+    found = [b for b in blocks(README, "python", served=True) if "VLLMEngine" not in b]
+    assert len(found) == 2
+    text = "\n".join(found)
+    assert f"http://127.0.0.1:{PORT}" in text
+    (folder / "page.py").write_text(text.replace(f"http://127.0.0.1:{PORT}", url))
+    printed = run(["page.py"], folder).splitlines()
+    assert any(re.match(r"\{'value': -?\d.* 'reason': None\} \{'prompt': \d+, 'answer': \d+", line) for line in printed)
+    assert printed[-1].startswith("(1, ")
+
+
+def test_the_demo(url, folder):
+    printed = run([str(ROOT / "examples" / "vllm_demo.py"), "--url", url, "--questions", "4"], folder)
+    assert "4 questions under the policy" in printed
+    assert '"kv_transfer_params"' in printed
+    assert "Embeddings" in printed
+
+
+def test_the_engine_in_this_process(folder):
+    [block] = [b for b in blocks(README, "python", served=True) if "VLLMEngine" in b]
+    (folder / "engine.py").write_text(block)
+    assert run(["engine.py"], folder).strip()
