@@ -54,12 +54,19 @@ def apart(
         cores: that vLLM's ranks are bound to, one each; 0 leaves that to vLLM.
 
     Raises:
-        whatever ``work`` raised.
+        RuntimeError: ``work`` raised; with the kind and text of that.
     """
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "1" if core_apart else "0"
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(1, mp_context=context, initializer=_prepared, initargs=(log, cores)) as process:
-        return process.submit(work, *arguments).result()
+        return process.submit(_told, work, *arguments).result()
+
+
+def _told(work: Callable[..., T], *arguments: Any) -> T:
+    try:
+        return work(*arguments)
+    except Exception as error:  # noqa: BLE001 - some of vLLM's can't be sent to another process
+        raise RuntimeError(f"{type(error).__name__}: {error}") from None
 
 
 def _prepared(log: Path | None, cores: int) -> None:

@@ -111,7 +111,7 @@ CASES = (
     Case("core in another process", way="core apart"),
     Case("AsyncLLM", way="AsyncLLM"),
     Case("HTTP", way="HTTP", jobs=(MIXED, TWO)),
-    Case("tensor parallel 2", way="two ranks", options={"tensor_parallel_size": 2}),
+    Case("tensor parallel 2", "llama_2", way="two ranks", options={"tensor_parallel_size": 2}),
     Case("bfloat16", dtype="bfloat16", jobs=PREFIXES[:2]),
     Case("Qwen3, chunks", "qwen3", "bfloat16", options={"block_size": 32, "max_num_batched_tokens": 64}),
     Case("Gemma-3, all blocks kept", "gemma3", options={"disable_hybrid_kv_cache_manager": True}, jobs=PREFIXES[:3]),

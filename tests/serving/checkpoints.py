@@ -55,6 +55,7 @@ _LATENT = {
 MODELS = {
     "llama": ("Llama", {"head_dim": 32}),
     "llama_80": ("Llama", {"head_dim": 80}),  # no multiple of 32: the instruction set vec16
+    "llama_2": ("Llama", {"head_dim": 32, "num_key_value_heads": 2}),  # can be shared by two ranks
     "qwen3": ("Qwen3", {"head_dim": 64}),
     "gemma3": (
         "Gemma3",
