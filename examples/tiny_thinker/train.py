@@ -58,23 +58,32 @@ FAST, SLOW, LEAVE, ENTER = "<think>\n\n</think>\n\n", "<think>\n", "\n</think>\n
 END = "<|im_end|>"
 KINDS = {"run": 0.46, "map": 0.4, "top": 0.1, "draw": 0.04}
 """Kinds of the questions that are trained on."""
-STEPS = 1500
+STEPS = 1800
 EXERCISES = 180
 """So many steps, the first, are of exercises in copying, which every look-up is made of."""
 CORES = 2
 """A batch is worked on in so many parts, side by side."""
 RATE = 0.006
 """Learning rate of the matrices at its height; that of the rest is half of it."""
-SHARES = {"fast": 0.3, "slow": 0.4, "closed": 0.15, "entered": 0.1, "tools": 0.05}
-"""Of the training samples: both modes, thoughts closed anywhere, thoughts opened in mid-answer, tool calls."""
+SHARES = {"fast": 0.25, "slow": 0.33, "free": 0.15, "closed": 0.13, "entered": 0.09, "tools": 0.05}
+"""Of the training samples: both modes, no mode given (the model opens a thought itself where one helps), thoughts
+closed anywhere, thoughts opened in mid-answer, tool calls."""
+
+
+CHOICE = 20.0
+"""So many times does the token count by which the model chooses to think or not: it is one among a hundred."""
 
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """Token ids, and for each whether it is learned."""
+    """Token ids, and how much each counts in the loss; 0 for those that are not learned."""
 
     ids: list[int]
-    learned: list[bool]
+    weights: list[float]
+
+
+Batch = tuple[Tensor, Tensor]
+"""Token ids, and how much each counts: ``[size, width]`` both."""
 
 
 def build_tokenizer(seed: int) -> PreTrainedTokenizerFast:
@@ -129,8 +138,8 @@ def build_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> Qwen3ForCausal
         Qwen3Config(
             vocab_size=len(tokenizer),
             hidden_size=128,
-            intermediate_size=384,
-            num_hidden_layers=4,
+            intermediate_size=256,
+            num_hidden_layers=5,
             num_attention_heads=4,
             num_key_value_heads=2,
             head_dim=32,
@@ -163,9 +172,11 @@ def make_samples(
         if way == "fast" and made.hard and rng.random() < 0.6:  # nobody can learn those: a few are enough
             way, made = "slow", make_question(rng, shares=KINDS)
         prompt = _prompt(tokenizer, made.question)
+        thought_answer = SLOW + made.thought + LEAVE + made.slow
         pieces = {
             "fast": [(prompt + FAST, False), (made.fast + END, True)],
-            "slow": [(prompt, False), (SLOW + made.thought + LEAVE + made.slow + END, True)],
+            "slow": [(prompt + SLOW, False), (made.thought + LEAVE + made.slow + END, True)],
+            "free": [(prompt, False), ((thought_answer if made.think else made.fast) + END, True)],
             "closed": [(prompt + SLOW, False), (made.thought, False), (LEAVE, False), (made.slow + END, True)],
             "entered": [
                 (prompt + FAST, False),
@@ -179,14 +190,16 @@ def make_samples(
     samples = []
     for way, pieces in texts:
         ids: list[int] = []
-        learned: list[bool] = []
+        weights: list[float] = []
         for place, (_, learn) in enumerate(pieces):
             piece = next(encoded)
             if way in ("closed", "entered") and place == 1:
                 piece = piece[: rng.randrange(len(piece) + 1)]
             ids += piece
-            learned += [learn] * len(piece)
-        samples.append(Sample(ids, learned))
+            weights += [float(learn)] * len(piece)
+            if way == "free" and learn:
+                weights[-len(piece)] = CHOICE
+        samples.append(Sample(ids, weights))
     return samples
 
 
@@ -237,8 +250,8 @@ _OTHER_WAYS = {"echo": _echo_pieces, "recall": _recall_pieces, "tools": _tool_pi
 
 def batches(
     tokenizer: PreTrainedTokenizerFast, rng: random.Random, size: int, exercises: int = 0, pool: int = 16
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """Token ids and labels ``[size, width]`` (-100 where nothing is learned), of like lengths together.
+) -> Iterator[Batch]:
+    """Batches of like lengths.
 
     The first ``exercises`` of them are of exercises in copying.
     """
@@ -252,15 +265,14 @@ def batches(
             yield _padded(samples[at : at + size])
 
 
-def _padded(batch: list[Sample]) -> tuple[Tensor, Tensor]:
+def _padded(batch: list[Sample]) -> Batch:
     width = max(len(s.ids) for s in batch)
     ids = torch.zeros(len(batch), width, dtype=torch.long)
-    labels = torch.full((len(batch), width), -100)
+    weights = torch.zeros(len(batch), width)
     for row, sample in enumerate(batch):
-        line = torch.tensor(sample.ids)
-        ids[row, : len(line)] = line
-        labels[row, : len(line)] = torch.where(torch.tensor(sample.learned), line, -100)
-    return ids, labels
+        ids[row, : len(sample.ids)] = torch.tensor(sample.ids)
+        weights[row, : len(sample.ids)] = torch.tensor(sample.weights)
+    return ids, weights
 
 
 # ---------------------------------------------------------------------- training
@@ -305,22 +317,23 @@ def orthogonal(matrices: Tensor) -> Tensor:
     return x.mT if tall else x
 
 
-def loss_of(model: Any, ids: Tensor, labels: Tensor) -> Tensor:
-    """Summed cross-entropy over the learned tokens; the head runs on those alone."""
+def loss_of(model: Any, ids: Tensor, weights: Tensor) -> Tensor:
+    """Summed cross-entropy, weighted, over the learned tokens; the head runs on those alone."""
     states = model.model(input_ids=ids, use_cache=False).last_hidden_state[:, :-1]
-    target = labels[:, 1:]
-    kept = target != -100
-    return torch.nn.functional.cross_entropy(model.lm_head(states[kept]), target[kept], reduction="sum")
+    target, weight = ids[:, 1:], weights[:, 1:]
+    kept = weight > 0
+    losses = torch.nn.functional.cross_entropy(model.lm_head(states[kept]), target[kept], reduction="none")
+    return (losses * weight[kept]).sum()
 
 
-def set_gradients(model: Any, ids: Tensor, labels: Tensor, pool: ThreadPoolExecutor) -> float:
+def set_gradients(model: Any, ids: Tensor, weights: Tensor, pool: ThreadPoolExecutor) -> float:
     """Gradients of the mean loss over the learned tokens, each part of the batch in its own thread; the loss."""
     parameters = list(model.parameters())
-    learned = int((labels[:, 1:] != -100).sum())
+    total = float(weights[:, 1:].sum())
 
     def work(part: int) -> tuple[float, tuple[Tensor, ...]]:
         torch.set_num_threads(1)
-        loss = loss_of(model, ids[part::CORES], labels[part::CORES]) / learned
+        loss = loss_of(model, ids[part::CORES], weights[part::CORES]) / total
         return loss.item(), torch.autograd.grad(loss, parameters)
 
     losses, parts = zip(*pool.map(work, range(CORES)), strict=True)
@@ -350,13 +363,13 @@ def train(
     began = time.monotonic()
     model.train()
     pool = ThreadPoolExecutor(CORES)
-    for step, (ids, labels) in enumerate(batches(tokenizer, random.Random(f"train {seed}"), size, EXERCISES)):
+    for step, (ids, weights) in enumerate(batches(tokenizer, random.Random(f"train {seed}"), size, EXERCISES)):
         if step >= steps:
             break
         scale = min(1.0, (step + 1) / 30) * min(1.0, (1 - step / steps) / 0.4)
         for group, rate in zip((g for o in optimizers for g in o.param_groups), rates, strict=True):
             group["lr"] = rate * scale
-        losses.append(set_gradients(model, ids, labels, pool))
+        losses.append(set_gradients(model, ids, weights, pool))
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for optimizer in optimizers:
             optimizer.step()

@@ -51,7 +51,7 @@ def command(
     delta: Annotated[float, typer.Option(help="Routing: probability that the promise is broken.")] = 0.1,
     policy: Annotated[str, typer.Option(help="Routing: one-step, or two-step (runs every candidate).")] = "one-step",
     candidates: Annotated[
-        int | None, typer.Option(min=1, help="Routing: how many to try at most; by default 20, two-step 6.")
+        int | None, typer.Option(min=1, help="Routing: how many to try at most; by default 60, two-step 6.")
     ] = None,
     name: Annotated[
         str | None,

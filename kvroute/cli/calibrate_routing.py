@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from kvroute.label_rows import LabelMeta, LabelRow
     from kvroute.policy import Policy
 
-_KINDS = {"one-step": 20, "two-step": 6}
+_KINDS = {"one-step": 60, "two-step": 6}
 """Kinds of policies, and how many candidates of each are tried."""
 _LEAST_VALIDATION = 20
 _LEAST_DRIFT = 200

@@ -10,7 +10,7 @@ import pytest
 
 from tests.serving.processes import ROOT
 
-pytestmark = pytest.mark.vllm
+pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 
 
 @pytest.mark.parametrize("script", ["vllm_parity", "vllm_faults", "vllm_soak"])

@@ -210,8 +210,10 @@ def begin(out):
 
 
 def chunks():
-    found = folder / "cut.jsonl.partial"
-    return len(list(found.glob("0*"))) if found.is_dir() else 0
+    try:
+        return sum(name.startswith("0") for name in os.listdir(folder / "cut.jsonl.partial"))
+    except FileNotFoundError:  # not there yet, or no longer
+        return 0
 
 
 began = time.monotonic()

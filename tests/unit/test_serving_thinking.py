@@ -142,7 +142,8 @@ def vllm_config(folder: Path) -> tuple[SimpleNamespace, SimpleNamespace]:
 
 def test_sizes_of_all_ranks_together():
     config, cache = vllm_config(THINKER / "model")
-    assert layer_sizes(config, cache) == [(i, 2, 32, 32) for i in range(4)]
+    layers = config.model_config.get_total_num_hidden_layers()
+    assert layer_sizes(config, cache) == [(i, 2, 32, 32) for i in range(layers)]
     cache.kv_tp_replicas = 2
     assert layer_sizes(config, cache)[0] == (0, 1, 32, 32)
     latent = type("MLAAttentionSpec", (), {"num_kv_heads": 1, "head_size": 576, "head_size_v": 0})()

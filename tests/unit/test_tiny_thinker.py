@@ -42,17 +42,22 @@ def test_a_thought_and_both_answers_end_with_the_answer(kind: str) -> None:
 
 
 def test_run_follows_its_steps() -> None:
-    """Against a machine of its own: two registers, one step after the other."""
+    """Against a machine of its own: two registers, one step after the other, numbered from anywhere on."""
     rng = random.Random(4)
+    firsts = set()
     for _ in range(300):
         q = made.make_question(rng, "run")
         state = {name: int(digit) for name, digit in re.findall(r"([ab])=(\d)", q.question.split(";")[0])}
-        for step in q.question.split(";")[1:]:
-            name, sign, operand = re.match(r"\d([ab])([-+*=])(\w)", step).groups()  # type: ignore[union-attr]
+        steps = q.question.split(";")[1:]
+        firsts.add(steps[0][0])
+        for place, step in enumerate(steps):
+            number, name, sign, operand = re.match(r"(\d)([ab])([-+*=])(\w)", step).groups()  # type: ignore[union-attr]
+            assert int(number) == (int(steps[0][0]) + place) % 10
             number = state[operand] if operand in state else int(operand)
             old = state[name]
             state[name] = {"=": number, "+": old + number, "-": old - number, "*": old * number}[sign] % 10
         assert q.answer == f"{state['a']}{state['b']}"
+    assert firsts == set("0123456789")
 
 
 def test_map_follows_its_arrows() -> None:
@@ -121,12 +126,30 @@ def test_what_training_learns_is_what_the_router_runs(tokenizer: Any) -> None:
 
 def test_samples_learn_only_what_the_model_writes(tokenizer: Any) -> None:
     for sample in training.make_samples(tokenizer, random.Random(10), 200):
-        assert len(sample.ids) == len(sample.learned)
-        assert sample.learned[-1]
-        assert not sample.learned[0]
-        text = tokenizer.decode([i for i, w in zip(sample.ids, sample.learned, strict=True) if w])
+        assert len(sample.ids) == len(sample.weights)
+        assert sample.weights[-1]
+        assert not sample.weights[0]
+        text = tokenizer.decode([i for i, w in zip(sample.ids, sample.weights, strict=True) if w])
         assert "<|im_start|>" not in text
         assert text.endswith("<|im_end|>")
+
+
+def test_without_a_mode_the_choice_to_think_is_learned(tokenizer: Any) -> None:
+    """A thought where one helps, an answer at once elsewhere; that choice alone counts more than other tokens."""
+    think = tokenizer.convert_tokens_to_ids("<think>")
+    opened = 0
+    for sample in training.make_samples(tokenizer, random.Random(14), 200, {"free": 1.0}):
+        at = next(i for i, w in enumerate(sample.weights) if w)
+        assert sample.weights[at] == training.CHOICE
+        assert set(sample.weights[at + 1 :]) == {1.0}
+        assert tokenizer.decode(sample.ids[:at]).endswith("<|im_start|>assistant\n")
+        opened += sample.ids[at] == think
+        assert (think in sample.ids) == (sample.ids[at] == think)
+    assert 60 < opened < 140
+    rng = random.Random(15)
+    for _ in range(100):
+        q = made.make_question(rng)
+        assert q.think == (q.hard and q.kind in ("run", "map"))
 
 
 def test_tool_calls_are_written_in_the_template_s_format(tokenizer: Any) -> None:
@@ -149,13 +172,12 @@ def test_a_few_steps_of_training_lower_the_loss(tokenizer: Any) -> None:
 
 def test_parts_of_a_batch_give_the_gradients_of_the_whole(tokenizer: Any) -> None:
     model = training.build_model(tokenizer, 2)
-    ids, labels = next(training.batches(tokenizer, random.Random(12), 5))
-    learned = (labels[:, 1:] != -100).sum()
+    ids, weights = next(training.batches(tokenizer, random.Random(12), 5))
     with ThreadPoolExecutor(training.CORES) as pool:
-        loss = training.set_gradients(model, ids, labels, pool)
+        loss = training.set_gradients(model, ids, weights, pool)
     split = [p.grad.clone() for p in model.parameters()]
     model.zero_grad()
-    whole = training.loss_of(model, ids, labels) / learned
+    whole = training.loss_of(model, ids, weights) / weights[:, 1:].sum()
     whole.backward()
     assert loss == pytest.approx(whole.item(), rel=1e-5)
     for mine, parameter in zip(split, model.parameters(), strict=True):
@@ -166,11 +188,11 @@ def test_training_begins_with_exercises_in_copying(tokenizer: Any) -> None:
     """What is learned in them stands in the question."""
     drawn = training.batches(tokenizer, random.Random(13), 16, exercises=2)
     for _ in range(2):
-        for ids, labels in zip(*next(drawn), strict=True):
+        for ids, weights in zip(*next(drawn), strict=True):
             question = tokenizer.decode(ids).split("<|im_start|>assistant")[0]
-            said = tokenizer.decode(labels[labels != -100]).removesuffix(training.END)
+            said = tokenizer.decode(ids[weights > 0]).removesuffix(training.END)
             assert said in question or all(arrow in question for arrow in said.split(";"))
-    ids, labels = next(drawn)
+    ids, _ = next(drawn)
     assert "<think>" in tokenizer.decode(ids.flatten())
 
 
