@@ -57,7 +57,10 @@ def main(model: str, policies: str, out: str) -> None:
         routed = Router(engine, "policy").generate(CHATS, max_tokens=60)
         found["routed"] = [[r.text, r.decision.mode, r.usage.generated] for r in routed]
         found["refused"] = []
-        for bad in (lambda: engine.generate("a" * 900, max_tokens=8), lambda: engine.read([[1, 2]], [1], want={"logits"})):
+        for bad in (
+            lambda: engine.generate("a" * 900, max_tokens=8),
+            lambda: engine.read([[1, 2]], [1], want={"logits"}),
+        ):
             try:
                 bad()
             except KVRouteError as error:
