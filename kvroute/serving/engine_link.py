@@ -3,25 +3,24 @@
 from __future__ import annotations
 
 import asyncio
-import time
 import uuid
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from typing import Any, Final
 
 from kvroute.errors import InvalidInputError, ServerError
-from kvroute.generation import CancelToken, Generation, GenerationChunk, Prompt, TokenIds
+from kvroute.generation import Generation, Prompt, TokenIds
 from kvroute.serving.about import About, about
 from kvroute.serving.asks import KEY
 from kvroute.serving.jobs import Job
+from kvroute.serving.link import Link, Writing
 from kvroute.serving.mailbox import MAILBOX
-from kvroute.serving.waiting import end, timings, together, unless
-from kvroute.serving.wire import Answer, Choice, Completion, completion_usage
+from kvroute.serving.wire import Choice, Completion, completion_usage
 
 _LATE: Final = 5.0
 """Seconds that an answer waits for kvroute's result, which comes with the statistics of the same step or the next."""
 
 
-class EngineLink:
+class EngineLink(Link):
     """Sends jobs to an ``AsyncLLM``. All methods are called in the event loop that it was made in.
 
     Args:
@@ -36,70 +35,22 @@ class EngineLink:
         self._slots = asyncio.Semaphore(in_flight)
         self._defaults: dict[str, Any] = engine.model_config.get_diff_sampling_param()
 
-    async def batch(
-        self, jobs: Sequence[Job], cancel: CancelToken | None, done: Callable[[int], None]
-    ) -> list[Generation]:
-        """Answers in order; ``done`` is told of each."""
+    async def write(self, writing: Writing) -> Generation:
+        """Write one answer."""
+        async with self._slots:
+            async for part in self._run(writing.job, stream=writing.streamed):
+                writing.take(part)
+        return writing.generation()
 
-        async def one(job: Job) -> Generation:
-            began = time.monotonic()
-
-            async def run() -> Generation:
-                answer = Answer()
-                async with self._slots:
-                    async for part in self._run(job, stream=False):
-                        answer.add(part)
-                return answer.generation(job.ask, timings(began, None))
-
-            found = await unless(cancel, run())
-            done(1)
-            return found or Answer().generation(job.ask, timings(began, None), cancelled=True)
-
-        return await together([one(job) for job in jobs])
-
-    async def streams(
-        self, jobs: Sequence[Job], cancel: CancelToken | None, give: Callable[[GenerationChunk], None]
-    ) -> None:
-        """Answers piece by piece, each to ``give``."""
-
-        async def one(job: Job) -> None:
-            began = time.monotonic()
-            first: float | None = None
-            answer = Answer()
-
-            async def run() -> Generation:
-                nonlocal first
-                async with self._slots:
-                    async for part in self._run(job, stream=True):
-                        text, tokens = answer.add(part)
-                        if not text and not tokens:
-                            continue
-                        first = first or time.monotonic()
-                        for token in tokens[:-1]:  # the text of several tokens comes with the last of them
-                            give(GenerationChunk(job.index, "", token))
-                        give(GenerationChunk(job.index, text, tokens[-1] if tokens else None))
-                return answer.generation(job.ask, timings(began, first))
-
-            found = await unless(cancel, run())
-            whole = found or answer.generation(job.ask, timings(began, first), cancelled=True)
-            give(GenerationChunk(job.index, "", None, whole))
-
-        await together([one(job) for job in jobs])
-
-    async def choices(self, jobs: Sequence[Job], done: Callable[[int], None]) -> list[list[float]]:
-        """Log-probability that each of a job's ``choices`` comes next."""
-
-        async def one(job: Job) -> list[float]:
-            found: list[float] = []
-            async with self._slots:
-                async for output in self._outputs(job, uuid.uuid4().hex, stream=False):
-                    said = output.outputs[0].logprobs
-                    if said:
-                        found = [float(said[0][token].logprob) for token in job.choices]
-            done(1)
-            return found
-
-        return await together([one(job) for job in jobs])
+    async def choose(self, job: Job) -> list[float]:
+        """Log-probability that each of the job's ``choices`` comes next."""
+        found: list[float] = []
+        async with self._slots:
+            async for output in self._outputs(job, uuid.uuid4().hex, stream=False):
+                said = output.outputs[0].logprobs
+                if said:
+                    found = [float(said[0][token].logprob) for token in job.choices]
+        return found
 
     async def tokens(self, prompts: Sequence[Prompt], *, special_tokens: bool = True) -> list[list[int]]:
         """Not needed: an engine of this process has its tokenizer here."""
@@ -109,13 +60,10 @@ class EngineLink:
         """What the engine runs."""
         return await asyncio.to_thread(about, self._engine.vllm_config, self._name)
 
-    async def close(self) -> None:
-        """End all requests, and the engine's processes."""
-        here = asyncio.current_task()
-        await end(*(task for task in asyncio.all_tasks() if task is not here))
+    async def leave(self) -> None:
+        """End the engine's processes."""
         engine, self._engine = self._engine, None
         await asyncio.to_thread(engine.shutdown)
-        await asyncio.get_running_loop().shutdown_asyncgens()
 
     # ------------------------------------------------------------------ one request
 

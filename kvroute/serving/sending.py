@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import Callable, Coroutine, Sequence
 from typing import Any, TypeVar
 
@@ -14,13 +13,14 @@ from kvroute.errors import (
     ServerTimeoutError,
     ServerUnreachableError,
 )
-from kvroute.generation import CancelToken, Generation, GenerationChunk, Prompt, Timings, TokenIds
+from kvroute.generation import Generation, Prompt, TokenIds
 from kvroute.info import ModelInfo
 from kvroute.serving.about import PATH, About
 from kvroute.serving.jobs import Job
+from kvroute.serving.link import Link, Writing
 from kvroute.serving.servers import LostConnectionError, Server, Servers
-from kvroute.serving.waiting import end, timings, together, unless
-from kvroute.serving.wire import Answer, read_choices, read_completion, read_tokens, request_body
+from kvroute.serving.waiting import together
+from kvroute.serving.wire import read_choices, read_completion, read_tokens, request_body
 
 T = TypeVar("T")
 _COMPLETIONS = "/v1/completions"
@@ -28,7 +28,7 @@ _CHECK = 30.0
 """Seconds for a server to say which models it has; then it counts as dead."""
 
 
-class Sender:
+class Sender(Link):
     """Sends jobs to servers. All methods are called in one event loop.
 
     Args:
@@ -58,83 +58,45 @@ class Sender:
         self._slots = asyncio.Semaphore(in_flight)
         self._checking = asyncio.Lock()
 
-    async def batch(
-        self, jobs: Sequence[Job], cancel: CancelToken | None, done: Callable[[int], None]
-    ) -> list[Generation]:
-        """Answers in order; ``done`` is told of each."""
+    async def write(self, writing: Writing) -> Generation:
+        """Write one answer."""
 
-        async def one(job: Job) -> Generation:
-            began = time.monotonic()
+        async def send(server: Server, model: str) -> Generation:
+            writing.again()
+            body = request_body(writing.job, model=model, stream=writing.streamed)
+            try:
+                if writing.streamed:
+                    await self._stream(writing, server, body)
+                else:
+                    writing.take(read_completion(await server.ask(_COMPLETIONS, body, within=self._timeout)))
+                return self._whole(writing, server)
+            except LostConnectionError as error:
+                if writing.first is None:
+                    raise
+                server.failed()
+                raise ServerUnreachableError(
+                    f"{server.url} was lost in the middle of a stream: {error}",
+                    hint="Ask again; generate() does so by itself.",
+                ) from error
 
-            async def send(server: Server, model: str) -> Generation:
-                answer = Answer()
-                body = await server.ask(
-                    _COMPLETIONS, request_body(job, model=model, stream=False), within=self._timeout
-                )
-                answer.add(read_completion(body))
-                return self._whole(answer, job, server, timings(began, None))
+        return await self.send(send)
 
-            found = await unless(cancel, self.send(send))
-            done(1)
-            return found or Answer().generation(job.ask, timings(began, None), cancelled=True)
+    async def _stream(self, writing: Writing, server: Server, body: dict[str, Any]) -> None:
+        events = server.events(_COMPLETIONS, body, within=self._timeout)
+        try:
+            async for event in events:
+                writing.take(read_completion(event))
+        finally:
+            await events.aclose()
 
-        return await together([one(job) for job in jobs])
+    async def choose(self, job: Job) -> list[float]:
+        """Log-probability that each of the job's ``choices`` comes next."""
 
-    async def streams(
-        self, jobs: Sequence[Job], cancel: CancelToken | None, give: Callable[[GenerationChunk], None]
-    ) -> None:
-        """Answers piece by piece, each to ``give``."""
+        async def send(server: Server, model: str) -> list[float]:
+            body = request_body(job, model=model, stream=False)
+            return read_choices(await server.ask(_COMPLETIONS, body, within=self._timeout), job.choices)
 
-        async def one(job: Job) -> None:
-            began = time.monotonic()
-            first: float | None = None
-            answer = Answer()
-
-            async def send(server: Server, model: str) -> Generation:
-                nonlocal first, answer
-                answer = Answer()
-                events = server.events(_COMPLETIONS, request_body(job, model=model, stream=True), within=self._timeout)
-                try:
-                    async for event in events:
-                        text, tokens = answer.add(read_completion(event))
-                        if not text and not tokens:
-                            continue
-                        first = first or time.monotonic()
-                        for token in tokens[:-1]:  # the text of several tokens comes with the last of them
-                            give(GenerationChunk(job.index, "", token))
-                        give(GenerationChunk(job.index, text, tokens[-1] if tokens else None))
-                    return self._whole(answer, job, server, timings(began, first))
-                except LostConnectionError as error:
-                    if first is None:
-                        raise
-                    server.failed()
-                    raise ServerUnreachableError(
-                        f"{server.url} was lost in the middle of a stream: {error}",
-                        hint="Ask again; generate() does so by itself.",
-                    ) from error
-                finally:
-                    await events.aclose()
-
-            found = await unless(cancel, self.send(send))
-            whole = found or answer.generation(job.ask, timings(began, first), cancelled=True)
-            give(GenerationChunk(job.index, "", None, whole))
-
-        await together([one(job) for job in jobs])
-
-    async def choices(self, jobs: Sequence[Job], done: Callable[[int], None]) -> list[list[float]]:
-        """Log-probability that each of a job's ``choices`` comes next."""
-
-        async def one(job: Job) -> list[float]:
-            async def send(server: Server, model: str) -> list[float]:
-                body = request_body(job, model=model, stream=False)
-                answer = await server.ask(_COMPLETIONS, body, within=self._timeout)
-                return read_choices(answer, job.choices)
-
-            found = await self.send(send)
-            done(1)
-            return found
-
-        return await together([one(job) for job in jobs])
+        return await self.send(send)
 
     async def tokens(self, prompts: Sequence[Prompt], *, special_tokens: bool = True) -> list[list[int]]:
         """Token ids of texts, and of chats with the turn opened, by a server."""
@@ -209,12 +171,9 @@ class Sender:
             hint="Is the server running, and is the address right? `curl URL/v1/models` shows it.",
         ) from lost
 
-    async def close(self) -> None:
-        """End all requests and close all connections."""
-        here = asyncio.current_task()
-        await end(*(t for t in asyncio.all_tasks() if t is not here))
+    async def leave(self) -> None:
+        """Close all connections."""
         await self.servers.close()
-        await asyncio.get_running_loop().shutdown_asyncgens()
 
     async def _checked(self, server: Server) -> str:
         if self.model is None or not server.checked:
@@ -226,15 +185,16 @@ class Sender:
                         raise LostConnectionError("it does not say which models it has") from error
         return self.model
 
-    def _whole(self, answer: Answer, job: Job, server: Server, took: Timings) -> Generation:
+    def _whole(self, writing: Writing, server: Server) -> Generation:
+        answer = writing.answer
         if answer.finish is None or answer.aborted:
             raise LostConnectionError("it gave the request up" if answer.aborted else "the answer has no end")
         if answer.extra is not None:
             server.connector = True
-        elif job.ask is not None and not server.connector:
+        elif writing.job.ask is not None and not server.connector:
             raise ConnectorMissingError(
                 f"{server.url} gave an answer, and no features: kvroute does not run in it.",
                 hint="Install kvroute in the server's environment and start it with --kv-transfer-config "
                 '\'{"kv_connector":"KVRouteConnector","kv_role":"kv_producer"}\'.',
             )
-        return answer.generation(job.ask, took, info=self._info)
+        return writing.generation(info=self._info)

@@ -5,10 +5,10 @@ from __future__ import annotations
 import asyncio
 import queue
 import threading
-from collections.abc import AsyncIterator, Callable, Collection, Coroutine, Iterator, Sequence
+from collections.abc import AsyncIterator, Collection, Coroutine, Iterator, Sequence
 from concurrent.futures import CancelledError, Future
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, Self, TypeVar, overload
+from typing import TYPE_CHECKING, Any, Self, TypeVar, overload
 
 import numpy as np
 
@@ -40,6 +40,7 @@ from kvroute.pooling import PoolingSpec
 from kvroute.progress import progress_bar
 from kvroute.serving.about import About
 from kvroute.serving.jobs import Decide, Job, check_text
+from kvroute.serving.link import Link
 from kvroute.serving.wire import ask_for, seeds, with_more
 from kvroute.token_weights import FrequencyTable
 
@@ -47,38 +48,6 @@ if TYPE_CHECKING:
     from kvroute.engines.reading import Reading, Want
 
 T = TypeVar("T")
-
-
-class Link(Protocol):
-    """The way to an engine of vLLM's. All methods are called in one event loop."""
-
-    async def batch(
-        self, jobs: Sequence[Job], cancel: CancelToken | None, done: Callable[[int], None]
-    ) -> list[Generation]:
-        """Answers in order; ``done`` is told of each."""
-        ...
-
-    async def streams(
-        self, jobs: Sequence[Job], cancel: CancelToken | None, give: Callable[[GenerationChunk], None]
-    ) -> None:
-        """Answers piece by piece, each to ``give``."""
-        ...
-
-    async def choices(self, jobs: Sequence[Job], done: Callable[[int], None]) -> list[list[float]]:
-        """Log-probability that each of a job's ``choices`` comes next."""
-        ...
-
-    async def tokens(self, prompts: Sequence[Prompt], *, special_tokens: bool = True) -> list[list[int]]:
-        """Token ids of texts, and of chats with the turn opened."""
-        ...
-
-    async def about(self) -> About:
-        """What the engine runs."""
-        ...
-
-    async def close(self) -> None:
-        """End all requests and let go of the engine."""
-        ...
 
 
 class VLLMBase:
