@@ -10,6 +10,7 @@ import sys
 import time
 import urllib.request
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,53 @@ from tests.serving.processes import ROOT, environment
 
 CONNECTOR = {"kv_connector": "KVRouteConnector", "kv_role": "kv_producer"}
 MIDDLEWARE = "kvroute.serving.middleware.KVRouteMiddleware"
+
+
+@dataclass
+class Running:
+    """A server's address and process."""
+
+    url: str
+    process: subprocess.Popen[bytes]
+
+
+def free_port() -> int:
+    """One that nobody listens on."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])
+
+
+def vllm_command(model: Path, port: int, *, name: str) -> list[str]:
+    """vLLM's own server of a model, with short texts and few requests."""
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model)]
+    command += ["--served-model-name", name, "--host", "127.0.0.1", "--port", str(port), "--enforce-eager"]
+    return [*command, "--max-model-len", "512", "--dtype", "float32", "--max-num-seqs", "8"]
+
+
+@contextlib.contextmanager
+def running(command: list[str], port: int, log: Path, *, patience: float = 240.0) -> Iterator[Running]:
+    """A server's process from when it answers on; ended whatever happens.
+
+    Args:
+        command: starts it.
+        port: that it listens on.
+        log: file for what it prints; shown where it does not start.
+        patience: seconds that its start may take.
+    """
+    with log.open("wb") as out:
+        process = subprocess.Popen(command, cwd=ROOT, env=environment(), stdout=out, stderr=out)
+    try:
+        url = f"http://127.0.0.1:{port}"
+        _wait(url, process, log, patience)
+        yield Running(url, process)
+    finally:
+        process.terminate()
+        try:
+            process.wait(30)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
 
 
 @contextlib.contextmanager
@@ -32,36 +80,20 @@ def serving(
 
     Args:
         model: folder of the model.
-        log: file for what the server prints; shown where it does not start.
+        log, patience: as :func:`running`.
         options: more of the server's.
         transfer: value of ``--kv-transfer-config``.
         name: that it serves the model under.
-        patience: seconds that its start may take.
 
     Yields:
         its address.
     """
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model)]
-    command += ["--served-model-name", name, "--host", "127.0.0.1", "--port", str(port), "--enforce-eager"]
-    command += ["--max-model-len", "512", "--dtype", "float32", "--max-num-seqs", "8"]
+    port = free_port()
+    command = vllm_command(model, port, name=name)
     if transfer is not None:
         command += ["--kv-transfer-config", json.dumps(transfer), "--middleware", MIDDLEWARE]
-    with log.open("wb") as out:
-        process = subprocess.Popen([*command, *options], cwd=ROOT, env=environment(), stdout=out, stderr=out)
-    try:
-        url = f"http://127.0.0.1:{port}"
-        _wait(url, process, log, patience)
-        yield url
-    finally:
-        process.terminate()
-        try:
-            process.wait(30)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
+    with running([*command, *options], port, log, patience=patience) as server:
+        yield server.url
 
 
 def _wait(url: str, process: subprocess.Popen[bytes], log: Path, patience: float) -> None:

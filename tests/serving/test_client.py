@@ -2,14 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-import socket
-import subprocess
-import sys
-import time
-import urllib.request
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +14,7 @@ from kvroute import CancelToken, TokenIds, TransformersEngine
 from kvroute.errors import ConnectorMissingError, InvalidInputError, ModelMismatchError, ServerUnreachableError
 from kvroute.models import bundled_path
 from kvroute.serving.client import VLLMClient
-from tests.serving.processes import ROOT, environment
+from tests.serving.http_server import Running, free_port, running, vllm_command
 
 pytestmark = pytest.mark.vllm
 TEXTS = ["The capital of France is", "One, two, three, four,", "Water boils at"]
@@ -31,52 +26,20 @@ CONNECTOR = {
 }
 
 
-@dataclass
-class Server:
-    """A server's process and address."""
-
-    url: str
-    process: subprocess.Popen[bytes]
-
-
-def start(log: Path, *, connector: bool) -> Server:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(bundled_path("smollm2"))]
-    command += ["--served-model-name", "smol", "--host", "127.0.0.1", "--port", str(port), "--enforce-eager"]
-    command += ["--max-model-len", "512", "--dtype", "float32", "--max-num-seqs", "8"]
+@contextlib.contextmanager
+def serving(log: Path, *, connector: bool) -> Iterator[Running]:
+    """SmolLM2 by vLLM, without our middleware; kvroute is loaded by its module's path."""
+    port = free_port()
+    command = vllm_command(Path(bundled_path("smollm2")), port, name="smol")
     command += ["--kv-transfer-config", json.dumps(CONNECTOR)] if connector else []
-    with log.open("wb") as out:
-        process = subprocess.Popen(command, cwd=ROOT, env=environment(), stdout=out, stderr=subprocess.STDOUT)
-    url = f"http://127.0.0.1:{port}"
-    end = time.monotonic() + 240
-    while time.monotonic() < end and process.poll() is None:
-        try:
-            urllib.request.urlopen(f"{url}/health", timeout=2).close()
-        except OSError:
-            time.sleep(0.5)
-        else:
-            return Server(url, process)
-    process.kill()
-    process.wait()
-    raise AssertionError(log.read_text()[-6000:])
-
-
-def stop(server: Server) -> None:
-    server.process.terminate()
-    try:
-        server.process.wait(30)
-    except subprocess.TimeoutExpired:
-        server.process.kill()
-        server.process.wait()
+    with running(command, port, log) as it:
+        yield it
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    it = start(tmp_path_factory.mktemp("server") / "log", connector=True)
-    yield it
-    stop(it)
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+    with serving(tmp_path_factory.mktemp("server") / "log", connector=True) as it:
+        yield it
 
 
 @pytest.fixture(scope="module")
@@ -85,7 +48,7 @@ def engine() -> TransformersEngine:
 
 
 @pytest.fixture(scope="module")
-def client(server: Server, engine: TransformersEngine) -> Iterator[VLLMClient]:
+def client(server: Running, engine: TransformersEngine) -> Iterator[VLLMClient]:
     with VLLMClient(server.url, info=engine.info) as it:
         yield it
 
@@ -142,24 +105,24 @@ def test_stop_and_cancel(client: VLLMClient, engine: TransformersEngine) -> None
     assert pieces[-1].generation.finish_reason == "cancelled"
 
 
-def test_refusals(server: Server, client: VLLMClient) -> None:
+def test_refusals(server: Running, client: VLLMClient) -> None:
     with pytest.raises(InvalidInputError, match="512"):
         client.generate(TokenIds((500,) * 600))
     with VLLMClient(server.url, model="another") as other, pytest.raises(ModelMismatchError, match="serves smol"):
         other.generate("a")
 
 
-def test_a_server_without_kvroute_that_dies(tmp_path: Path, server: Server) -> None:
-    plain = start(tmp_path / "log", connector=False)
-    try:
-        with VLLMClient(plain.url, retries=1) as client, VLLMClient([plain.url, server.url]) as both:
-            assert client.generate(TEXTS[0], max_tokens=2).text
-            with pytest.raises(ConnectorMissingError):
-                client.generate(TEXTS[0], features="kv-coe")
-            assert len(both.generate(TEXTS * 4, max_tokens=4)) == 12
-            plain.process.kill()
-            assert len(both.generate(TEXTS * 4, max_tokens=4)) == 12
-            with pytest.raises(ServerUnreachableError):
-                client.generate(TEXTS[0])
-    finally:
-        stop(plain)
+def test_a_server_without_kvroute_that_dies(tmp_path: Path, server: Running) -> None:
+    with (
+        serving(tmp_path / "log", connector=False) as plain,
+        VLLMClient(plain.url, retries=1) as client,
+        VLLMClient([plain.url, server.url]) as both,
+    ):
+        assert client.generate(TEXTS[0], max_tokens=2).text
+        with pytest.raises(ConnectorMissingError):
+            client.generate(TEXTS[0], features="kv-coe")
+        assert len(both.generate(TEXTS * 4, max_tokens=4)) == 12
+        plain.process.kill()
+        assert len(both.generate(TEXTS * 4, max_tokens=4)) == 12
+        with pytest.raises(ServerUnreachableError):
+            client.generate(TEXTS[0])

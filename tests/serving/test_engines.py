@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import socket
-import subprocess
 import sys
 import urllib.error
 import urllib.request
@@ -20,8 +18,8 @@ import pytest
 from kvroute import KVEmbedder, PoolingSpec, Question, Router, SelfEvaluator, TransformersEngine, VLLMClient
 from kvroute.errors import InvalidInputError
 from kvroute.labelling import Labeller
-from tests.serving.http_server import _wait
-from tests.serving.processes import ROOT, environment, run_module
+from tests.serving.http_server import free_port, running
+from tests.serving.processes import ROOT, run_module
 from tests.serving.run_vllm_engine import CHATS, FEATURES, TEXTS
 
 pytestmark = pytest.mark.vllm
@@ -47,26 +45,13 @@ def policies(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def url(policies: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """A server that ``kvroute serve`` started."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     log = tmp_path_factory.mktemp("log") / "log"
     command = [sys.executable, "-m", "kvroute.cli", "serve", str(MODEL), "--policy", str(policies), "--name", "thinker"]
     command += ["--port", str(port), "--enforce-eager", "--max-model-len", "256", "--dtype", "float32"]
     command += ["--max-num-seqs", "16", "--api-key", KEY]
-    with log.open("wb") as out:
-        process = subprocess.Popen(command, cwd=ROOT, env=environment(), stdout=out, stderr=out)
-    try:
-        address = f"http://127.0.0.1:{port}"
-        _wait(address, process, log, 400)
-        yield address
-    finally:
-        process.terminate()
-        try:
-            process.wait(30)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
+    with running(command, port, log, patience=400) as server:
+        yield server.url
 
 
 @pytest.fixture(scope="module")

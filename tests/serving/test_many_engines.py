@@ -8,7 +8,6 @@ from __future__ import annotations
 import os
 import re
 import signal
-import socket
 import sys
 import urllib.request
 from collections.abc import Iterator
@@ -21,6 +20,7 @@ import torch
 
 from kvroute import PoolingSpec, Router, TokenIds, TransformersEngine, VLLMClient
 from kvroute.serving.jobs import Decide
+from tests.serving.http_server import free_port
 from tests.serving.processes import ROOT, environment
 
 sys.path.insert(0, str(ROOT / "examples"))
@@ -42,9 +42,7 @@ FEATURE = "prompt:paper-mteb"
 
 def serving(*options: str) -> Server:
     """A server of the tiny thinker, not yet started."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     command = [sys.executable, "-m", "kvroute.cli", "serve", str(THINKER / "model"), "--policy", str(THINKER)]
     command += ["--name", "thinker", "--port", str(port), "--dtype", "float32", "--enforce-eager"]
     command += ["--max-num-seqs", "16"]

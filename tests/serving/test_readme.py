@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import shlex
-import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -12,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.serving.http_server import free_port
 from tests.serving.processes import ROOT, environment
 from tests.test_docs import blocks
 
@@ -48,9 +48,7 @@ def url(folder: Path) -> Iterator[str]:
     [block] = blocks(README, "bash", served=True)
     words = shlex.split(block)
     assert words[:2] == ["kvroute", "serve"]
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
+    port = str(free_port())
     command = [sys.executable, "-m", "kvroute.cli", *words[1:], "--port", port, "--enforce-eager"]
     with pytest.MonkeyPatch.context() as patch:
         for name, value in environment().items():
