@@ -72,6 +72,8 @@ class _Request:
     error: str | None = None
     given: int = 0
     vectors: dict[str, tuple[Of, PoolingSpec]] = field(default_factory=dict)
+    of: frozenset[Of] = frozenset()  # what the vectors are of
+    window: int = 0  # tokens behind an answer's newest that windowed sums need
     decided: Decided | None = None
     confidence: DifficultyHead | None = None
     sent: bool = False
@@ -86,10 +88,11 @@ class _Request:
     steps: list[Array] = field(default_factory=list)
     ends: tuple[float, Array, float] | None = None
 
-    @property
-    def window(self) -> int:
-        """Tokens behind an answer's newest that windowed sums need."""
-        return max((window_of(s) or 0 for of, s in self.vectors.values() if of == "answer"), default=0)
+    def wants(self, vectors: dict[str, tuple[Of, PoolingSpec]]) -> None:
+        """Take the vectors that are asked for: what every step has to know of them is found out once."""
+        self.vectors = vectors
+        self.of = frozenset(of for of, _ in vectors.values())
+        self.window = max((window_of(s) or 0 for of, s in vectors.values() if of == "answer"), default=0)
 
     @property
     def answer_start(self) -> int | None:
@@ -210,7 +213,7 @@ class SchedulerSide:
                 given, length = length - ask.answer_from, ask.answer_from
             state = _Request(length, ask.plan, tokens, body=ask.to_dict(), error=self.off, given=given)
             if self.off is None:
-                state.vectors = vectors_of(ask, self._config)
+                state.wants(vectors_of(ask, self._config))
                 state.decided = self._decisions.of(ask, tokens, length, limit, structured=structured)
                 state.confidence = None if ask.confidence is None else self._config.catalog.head(ask.confidence)
             self.tally.asked(ask)
@@ -361,7 +364,7 @@ class SchedulerSide:
             ends: it ended; nothing is decided any more.
         """
         stop = state.stop
-        of = {o for o, _ in state.vectors.values()} if state.error is None else set()
+        of = state.of if state.error is None else frozenset()
         chain = state.error is None and state.plan is not None and state.plan.chain is not None
         look, force = None, None
         if state.decided is not None and not ends:
@@ -539,7 +542,7 @@ class SchedulerSide:
         """Whether steps of the answer are missing in what the workers read: then it is of other tokens than it says."""
         begin = state.answer_start
         chain = state.plan is not None and state.plan.chain is not None
-        if begin is None or not (chain or any(of == "answer" for of, _ in state.vectors.values())):
+        if begin is None or not (chain or "answer" in state.of):
             return False
         end = state.prompt_len + answer - 1  # the last token has no keys and values
         if not state.aborted and begin < end and state.read < end:
