@@ -279,16 +279,20 @@ class Compared:
 
 
 @dataclass
-class Told:
-    """A job that was compared, with what the engine told of it."""
+class Done:
+    """A job and its comparison."""
 
     case: Case
     job: Job
     compared: Compared
-    unsaid: int
+
+    @property
+    def unsaid(self) -> list[str]:
+        """What is absent, but for blocks outside a window: those are the engine's to drop, and a request is told."""
+        return [a for a in self.compared.absent if not ("dropped" in self.case.name and "window" in a)]
 
 
-def roundings(jobs: list[Told]) -> dict[tuple[str, str], dict[str, float]]:
+def roundings(jobs: list[Done]) -> dict[tuple[str, str], dict[str, float]]:
     """By model and dtype, each feature's worst rounding over all its jobs."""
     found: dict[tuple[str, str], dict[str, float]] = {}
     for one in jobs:
@@ -389,7 +393,7 @@ def main() -> None:
     cores = os.cpu_count() or 1
     cases = [c for c in (QUICK if arguments.quick else CASES) if re.search(arguments.only, c.name, re.I)]
     skipped = [c for c in cases if c.way == "two ranks" and cores < 2]
-    jobs: list[Told] = []
+    jobs: list[Done] = []
     preempted, began = 0.0, time.monotonic()
     with _vllm.scratch() as scratch:
         references: dict[tuple[str, str], Reference] = {}
@@ -407,23 +411,21 @@ def main() -> None:
             found, preemptions = run_case(case, folder, reference.head, prompts, log)
             preempted += preemptions
             for job, answers in zip(case.jobs, found, strict=True):
-                one = compare(answers, reference)
-                # blocks outside a window are the engine's to drop, and a request is told
-                unsaid = [a for a in one.absent if not ("dropped" in case.name and "window" in a)]
-                for text in unsaid:
+                jobs.append(Done(case, job, compare(answers, reference)))
+                for text in jobs[-1].unsaid:
                     print(f"{case.name}, {job.name}: {text}", file=sys.stderr)
-                jobs.append(Told(case, job, one, len(unsaid)))
                 print(f"{case.name}, {job.name}: compared", file=sys.stderr)
     rows, figures, known = [], {}, roundings(jobs)
-    for told in jobs:
-        case, job, one = told.case, told.job, told.compared
+    for done in jobs:
+        case, job, one = done.case, done.job, done.compared
         rounding = known[case.model, case.dtype]
         times, name = one.times(rounding)
         sizes = (f"{one.worst.get(name, math.nan):.1e}", f"{rounding.get(name, math.nan):.1e}", f"{times:.2f}")
+        told = len(one.absent) - len(done.unsaid)
         engine = (case.name, case.model, case.dtype, job.name)
-        rows.append((*engine, one.requests, name, *sizes, one.cached or "", len(one.absent) - told.unsaid or ""))
+        rows.append((*engine, one.requests, name, *sizes, one.cached or "", told or ""))
         figures[f"{case.name}, {job.name}"] = exact(times, f"<= {TIMES:g}")
-    absent, hits = sum(t.unsaid for t in jobs), sum(t.compared.cached for t in jobs)
+    absent, hits = sum(len(d.unsaid) for d in jobs), sum(d.compared.cached for d in jobs)
     header = ("engine", "model", "dtype", "requests", "of them", "worst feature", "difference", "rounding", "times")
     print(table((*header, "cached tokens", "told: outside a window"), rows))
     figures |= {"features_missing": exact(absent, "<= 0")}
