@@ -13,6 +13,7 @@ from kvroute._version import __version__
 from kvroute.errors import (
     CalibrationError,
     ChatTemplateError,
+    ConnectorMissingError,
     EmptyTextError,
     FileFormatError,
     InvalidInputError,
@@ -22,6 +23,9 @@ from kvroute.errors import (
     ModelMismatchError,
     NonFiniteCacheError,
     OutOfMemoryError,
+    ServerError,
+    ServerTimeoutError,
+    ServerUnreachableError,
     SpecError,
     TextTooLongError,
     UnsupportedModelError,
@@ -64,6 +68,7 @@ if TYPE_CHECKING:
     from kvroute.policy import Policy
     from kvroute.pooling import PRESETS, PoolingSpec, pool
     from kvroute.postprocess import PostProcessor
+    from kvroute.prefilling import Prefilled
     from kvroute.questions import Question
     from kvroute.router import Router
     from kvroute.routing_evaluation import evaluate_head
@@ -115,6 +120,7 @@ _LAZY = {
     "Policy": "kvroute.policy",
     "PoolingSpec": "kvroute.pooling",
     "PostProcessor": "kvroute.postprocess",
+    "Prefilled": "kvroute.prefilling",
     "Prefix": "kvroute.engines.decoding",
     "Question": "kvroute.questions",
     "Routed": "kvroute.decisions",
@@ -170,6 +176,7 @@ __all__ = [
     "ChatTemplateError",
     "CheckResult",
     "ConfidenceCalibrator",
+    "ConnectorMissingError",
     "Conversation",
     "Decide",
     "Decision",
@@ -201,6 +208,7 @@ __all__ = [
     "Policy",
     "PoolingSpec",
     "PostProcessor",
+    "Prefilled",
     "Prefix",
     "Question",
     "Routed",
@@ -213,6 +221,9 @@ __all__ = [
     "ScoreInfo",
     "SearchOptions",
     "SelfEvaluator",
+    "ServerError",
+    "ServerTimeoutError",
+    "ServerUnreachableError",
     "SpecError",
     "Switch",
     "TextTooLongError",

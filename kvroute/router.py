@@ -16,6 +16,7 @@ from kvroute.errors import InvalidInputError
 from kvroute.generation import CancelToken, Message, Prompt, SamplingOptions, TokenIds, as_prompts
 from kvroute.heads.head import DifficultyHead
 from kvroute.policy import Policy, PolicyKind, policy_path
+from kvroute.prefilling import Prefilled, prefill
 from kvroute.route_steering import ClosingMark, Request, RouteSteer
 from kvroute.routed_answers import routed_answer, target_answer, with_confidence
 from kvroute.routed_stream import routed_pieces
@@ -190,6 +191,33 @@ class Router(Chooser):
     async def adecide(self, prompt: Prompt, **kwargs: Any) -> Decision:
         """:meth:`decide` in a thread."""
         return await asyncio.to_thread(lambda: self.decide(prompt, **kwargs))
+
+    def prefill(
+        self,
+        prompt: Prompt,
+        *,
+        mode: str | None = None,
+        last: str | None = None,
+        template: Mapping[str, Any] | None = None,
+        prefix: Any = None,
+    ) -> Prefilled:
+        """:meth:`decide`, with the prompt's cache kept for what answers it: all layers are run, and no token twice.
+
+        Args:
+            prompt, mode, last, template: as in :meth:`decide`.
+            prefix: a cache that the prompt may continue.
+
+        Raises:
+            As :meth:`decide`.
+        """
+        [request] = self._requests([prompt], mode, last, template)
+        if self.served is not None:
+            refuse(last=last, prefix=prefix)
+        return prefill(self, request, prefix)
+
+    async def aprefill(self, prompt: Prompt, **kwargs: Any) -> Prefilled:
+        """:meth:`prefill` in a thread."""
+        return await asyncio.to_thread(lambda: self.prefill(prompt, **kwargs))
 
     # ------------------------------------------------------------------ answering
 

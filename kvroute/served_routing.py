@@ -347,12 +347,22 @@ def served_answers(
 
 def served_decisions(router: Router, requests: list[Request]) -> list[Decision]:
     """What the engine decides about prompts: one token is written for each, which vLLM can't do without."""
+    return [decision for decision, _ in _decided(router, requests)]
+
+
+def served_prefill(router: Router, request: Request) -> tuple[Decision, Usage]:
+    """What the engine decides about one prompt, and what that cost; its cache stays in the engine."""
+    [(decision, usage)] = _decided(router, [request])
+    return decision, Usage(usage.prompt, usage.cached, usage.prompt - usage.cached, 0)
+
+
+def _decided(router: Router, requests: list[Request]) -> list[tuple[Decision, Usage]]:
     batch = Batch.of(router, requests)
     decide = [None if d is None else replace(d, reserve=0) for d in batch.decide]
     written = _engine(router).generate(
         batch.prompts, options=SamplingOptions(max_tokens=1), decide=decide, progress=False
     )
-    return [batch._decision(i, generation) for i, generation in enumerate(written)]
+    return [(batch._decision(i, generation), generation.usage) for i, generation in enumerate(written)]
 
 
 def served_pieces(

@@ -826,3 +826,42 @@ def test_health(engine: TransformersEngine, head: DifficultyHead) -> None:
     assert r.health() == {"counts": {}, "faults": 0, "drift": None}
     found: Routed = r.generate(PROMPTS[0], max_tokens=2)
     assert r.health()["counts"] == {f"mode:{found.decision.mode}": 1}
+
+
+# ---------------------------------------------------------------------- a decision that keeps its prefill
+
+
+def test_prefill_decides_as_decide_and_the_answer_goes_on_from_it(engine):
+    r = router(engine, Policy(tau=50.0), head=trained(engine, [10, 90, 20, 80, 30, 70]))
+    for prompt in PROMPTS:
+        kept = r.prefill(prompt)
+        alone = r.decide(prompt)
+        assert (kept.decision.mode, kept.decision.why) == (alone.mode, "difficulty")
+        assert kept.decision.difficulty == pytest.approx(alone.difficulty, abs=1e-4)
+        size = len(engine.tokenize(prompt))
+        assert (kept.usage.prompt, kept.usage.computed, kept.usage.generated) == (size, size, 0)
+        plain = r.generate(prompt, max_tokens=6, mode=kept.decision.mode)
+        on = r.generate(prompt, max_tokens=6, mode=kept.decision.mode, prefix=kept.prefix)
+        assert on.generation.token_ids == plain.generation.token_ids
+        assert on.usage.cached == size - 1  # the last token's logits are not kept, so it is run again
+        assert on.usage.computed == plain.usage.computed - on.usage.cached
+
+
+def test_prefill_runs_nothing_where_no_difficulty_is_read(engine):
+    for r, mode in ((router(engine, Policy(kind="fast")), None), (router(engine, Policy(kind="slow")), "fast")):
+        kept = r.prefill(PROMPTS[0], mode=mode)
+        assert kept.prefix is None
+        assert kept.usage.computed == 0
+        assert kept.decision.mode == "fast"
+
+
+def test_prefill_of_a_failing_head_takes_the_fallback_and_keeps_the_cache(engine):
+    head = trained(engine, [10, 90, 20, 80, 30, 70])
+    r = router(engine, Policy(tau=50.0, fallback="slow"), head=head)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(type(head), "predict", lambda *_: 1 / 0)
+        kept = r.prefill(PROMPTS[0])
+    assert (kept.decision.mode, kept.decision.why) == ("slow", "fault")
+    assert "ZeroDivisionError" in kept.decision.fault
+    assert kept.prefix is not None
+    assert asyncio.run(r.aprefill(PROMPTS[0])).decision.why == "difficulty"
