@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     from kvroute.embedder import KVEmbedder
     from kvroute.engines.base import Engine
     from kvroute.engines.decoding import Prefix
+    from kvroute.engines.handle import EngineHandle, EngineName
     from kvroute.engines.transformers_engine import TransformersEngine
     from kvroute.engines.vllm_engine import VLLMEngine
     from kvroute.evaluation import Evaluation
@@ -104,6 +105,8 @@ _LAZY = {
     "DriftHealth": "kvroute.drift",
     "DriftMonitor": "kvroute.drift",
     "Engine": "kvroute.engines.base",
+    "EngineHandle": "kvroute.engines.handle",
+    "EngineName": "kvroute.engines.handle",
     "Evaluation": "kvroute.evaluation",
     "FrequencyTable": "kvroute.token_weights",
     "Generation": "kvroute.generation",
@@ -185,6 +188,8 @@ __all__ = [
     "DriftMonitor",
     "EmptyTextError",
     "Engine",
+    "EngineHandle",
+    "EngineName",
     "Evaluation",
     "FileFormatError",
     "FrequencyTable",

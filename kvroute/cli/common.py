@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
+from kvroute.engines.handle import KEY_VARIABLE
 from kvroute.errors import InvalidInputError, ModelMismatchError
 
 if TYPE_CHECKING:
@@ -36,8 +37,6 @@ Head = Annotated[
 ]
 Restart = Annotated[bool, typer.Option("--restart", help="Drop what an earlier run left, and begin anew.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace an output that is there already.")]
-KEY_VARIABLE = "KVROUTE_API_KEY"
-"""The environment variable with the key of the servers that ``--engine`` names."""
 CHUNK = 256
 """Rows a chunk of a run that can be resumed."""
 

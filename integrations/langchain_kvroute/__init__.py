@@ -1,0 +1,37 @@
+"""kvroute for LangChain: a drop-in router, a chat model that thinks as hard as it must, embeddings, self-evaluation.
+
+Names are loaded when first used.
+"""
+
+from __future__ import annotations
+
+import importlib
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any
+
+from kvroute import MissingExtraError
+
+if find_spec("langchain_core") is None:
+    raise MissingExtraError("langchain-core", "langchain")
+
+if TYPE_CHECKING:
+    from langchain_kvroute.metadata import KVRouteMetadata, kvroute_metadata
+
+_LAZY = {
+    "KVRouteMetadata": "langchain_kvroute.metadata",
+    "kvroute_metadata": "langchain_kvroute.metadata",
+}
+
+__all__ = ["KVRouteMetadata", "kvroute_metadata"]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY:
+        value = getattr(importlib.import_module(_LAZY[name]), name)
+        globals()[name] = value
+        return value
+    raise AttributeError(f"module 'langchain_kvroute' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)
