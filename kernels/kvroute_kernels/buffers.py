@@ -49,7 +49,7 @@ class Buffers:
         turn = self._turn[name] = (self._turn.get(name, -1) + 1) % _AHEAD
         if turn == len(staged):
             staged.append(torch.empty(target.numel(), dtype=source.dtype, pin_memory=True))
-            sent.append(torch.cuda.Event())
+            sent.append(torch.cuda.Event())  # type: ignore[no-untyped-call]
         elif staged[turn].numel() < target.numel():
             sent[turn].synchronize()
             staged[turn] = torch.empty(target.numel(), dtype=source.dtype, pin_memory=True)

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from kvroute_kernels.dispatch import Backend, run
 from kvroute_kernels.ordered_sum import ordered_sum
+from kvroute_kernels.paged_pool import paged_pool
 from kvroute_kernels.view import KVView, KVViewError
 
 
@@ -64,12 +65,15 @@ class ChainSteps:
         angles: ``[T]`` float32, radians in [0, pi]; 0 where undefined and for a chain's first vector.
         squares: ``[T, 2]`` float64, squared magnitude and squared norm of z_t: what ranks that hold some heads each
             can add up.
+        layer_sums: ``[R, layers, H*D + H*Dv]`` float32, by layer the sums of keys, then values over each sequence's new
+            tokens, where they were asked for.
     """
 
     counts: list[int]
     magnitudes: Tensor
     angles: Tensor
     squares: Tensor
+    layer_sums: Tensor | None = None
 
 
 def token_vectors(view: KVView, sequence: int, start: int, stop: int, layers: Sequence[int] | None = None) -> Tensor:
@@ -104,6 +108,7 @@ def paged_chain_step(
     stop: Sequence[int],
     layers: Sequence[int] | None = None,
     *,
+    layer_sums: bool = False,
     backend: Backend | None = None,
 ) -> ChainSteps:
     """Feed new tokens of a view's sequences to their chains, in place: one launch on a GPU.
@@ -115,6 +120,7 @@ def paged_chain_step(
         start: first new token of each sequence.
         stop: one past the last; equal to start where there is nothing new.
         layers: all by default. They must share H, D and Dv.
+        layer_sums: also sum the new tokens by layer (for the layer-axis chain), in the same launch.
         backend: see :func:`kvroute_kernels.choose`.
 
     Raises:
@@ -127,10 +133,10 @@ def paged_chain_step(
     def triton() -> ChainSteps:
         from kvroute_kernels.chain_step_triton import paged_chain_step_triton
 
-        return paged_chain_step_triton(view, state, rows, start, stop, chosen)
+        return paged_chain_step_triton(view, state, rows, start, stop, chosen, layer_sums)
 
     def torch_() -> ChainSteps:
-        return paged_chain_step_reference(view, state, rows, start, stop, chosen)
+        return paged_chain_step_reference(view, state, rows, start, stop, chosen, layer_sums=layer_sums)
 
     return run("paged_chain_step", view.lengths.device, view.dtype, backend, triton=triton, torch_=torch_)
 
@@ -142,15 +148,23 @@ def paged_chain_step_reference(
     start: Sequence[int],
     stop: Sequence[int],
     layers: Sequence[int] | None = None,
+    *,
+    layer_sums: bool = False,
 ) -> ChainSteps:
     """:func:`paged_chain_step` in plain torch."""
+    sums = None
+    if layer_sums:
+        pooled = paged_pool(view, layers=layers, start=start, stop=stop, backend="torch")
+        assert pooled.keys is not None
+        assert pooled.values is not None
+        sums = torch.cat([pooled.keys.flatten(2), pooled.values.flatten(2)], dim=2)
     vectors = [
         token_vectors(view, b, lo, hi, layers).float() for b, (lo, hi) in enumerate(zip(start, stop, strict=True))
     ]
     counts = [int(v.shape[0]) for v in vectors]
     if not sum(counts):
         empty = state.first.new_zeros(0)
-        return ChainSteps(counts, empty, empty, torch.zeros(0, 2, dtype=torch.float64, device=empty.device))
+        return ChainSteps(counts, empty, empty, torch.zeros(0, 2, dtype=torch.float64, device=empty.device), sums)
     padded = torch.nn.utils.rnn.pad_sequence(vectors, batch_first=True)
     device = padded.device
     index = torch.tensor(list(rows), dtype=torch.int64, device=device)
@@ -161,7 +175,7 @@ def paged_chain_step_reference(
     held = torch.tensor(counts, device=device)
     magnitudes, angles = chain_step(state, index, padded, held)
     new = torch.arange(padded.shape[1], device=device)[None] < held[:, None]
-    return ChainSteps(counts, magnitudes[new], angles[new], torch.stack([x[new] for x in squared], dim=1))
+    return ChainSteps(counts, magnitudes[new], angles[new], torch.stack([x[new] for x in squared], dim=1), sums)
 
 
 def _square(x: Tensor) -> Tensor:

@@ -7,18 +7,20 @@ angle follows from the three sides of the triangle (0, z_{t-1}, z_t) by Kahan's 
 where an arc cosine loses them; so z is read once and never divided by its length.
 
 Grid: one program an item, a run of at most RUN new tokens of one sequence, counted from the call's own start. It goes
-through the vector in pieces of BLOCK_D numbers: a tile ``[BLOCK_L, BLOCK_D]`` holds the layers of one token, so that one
-launch reads the newest keys and values of all layers and requests, each number once, and updates all states.
+through the vector in pieces of BLOCK_D numbers: a tile ``[BLOCK_L, BLOCK_D]`` holds the layers of one token, so that
+one launch reads the newest keys and values of all layers and requests, each number once, and updates all states.
 
-More than RUN new tokens (a prompt's chunk): each run leaves its first and its last z, and a second launch takes the steps
-between runs and sums in the runs' order. No atomics; the same bits on every run and in every batch.
+More than RUN new tokens (a prompt's chunk): each run leaves its first and its last z, and a second launch takes the
+steps between runs and sums in the runs' order. No atomics; the same bits on every run and in every batch.
 
 Memory: 32 bytes a new token; for runs that are joined 2 F float32 each.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -30,6 +32,7 @@ from torch import Tensor
 from kvroute_kernels.buffers import Buffers
 from kvroute_kernels.chain_step import ChainSteps, ChainTensors
 from kvroute_kernels.checks import check_held, check_ranges, check_states
+from kvroute_kernels.paged_pool_triton import paged_pool_triton
 from kvroute_kernels.planes import Planes, planes_of
 from kvroute_kernels.reading_triton import TRITON_DTYPES, load_numbers, needs_e4m3_bits
 from kvroute_kernels.view import KVView, KVViewError
@@ -125,6 +128,7 @@ def step_of_squares(before, after, between):
         "steps",
         "ends",
         "partial",
+        "sums",
     ],
 )
 def chain_step_kernel(
@@ -140,6 +144,7 @@ def chain_step_kernel(
     steps,  # [tokens, 4] float64: magnitude, angle, squared magnitude, squared norm
     ends,  # [rows, 2, width] float32: first and last z of a run that is joined
     partial,  # [rows, 3] float64: sums of its magnitudes and angles, undefined angles
+    sums,  # [sequences, layers, width] float32: by layer the sums over the new tokens of sequences of one run
     layers,
     heads,
     key_chunks,  # of BLOCK_D entries a head of keys
@@ -148,6 +153,7 @@ def chain_step_kernel(
     DTYPE: tl.constexpr,
     E4M3_BITS: tl.constexpr,
     VECTOR: tl.constexpr,
+    SUMS: tl.constexpr,  # whether sums are wanted
     BLOCK_L: tl.constexpr,
     BLOCK_D: tl.constexpr,
     RUN: tl.constexpr,
@@ -217,6 +223,13 @@ def chain_step_kernel(
                     x = load_numbers(pointers, held[:, None] & inside[None, :], E4M3_BITS)
                     x = tl.where((real & (held == 0))[:, None], float("nan"), x * scale[:, None])
                     total += tl.sum(x, axis=0)
+                    if SUMS:
+                        summed = tl.where(joined < 0, layers, 0)
+                        at_sum = sums + (sequence * layers + layer)[:, None] * width + number[None, :]
+                        again = (layer < tl.where(j > 0, summed, 0))[:, None] & inside[None, :]
+                        tl.debug_barrier()  # what the token before wrote
+                        x += tl.load(at_sum, mask=again, other=0.0)
+                        tl.store(at_sum, x, mask=(layer < summed)[:, None] & inside[None, :])
                 z = tl.where(inside, total / layers.to(tl.float32), 0.0)
                 wide = z.to(tl.float64)
                 wide_old = old.to(tl.float64)
@@ -345,14 +358,29 @@ def paged_chain_step_triton(
     start: Sequence[int],
     stop: Sequence[int],
     layers: Sequence[int],
+    layer_sums: bool,
 ) -> ChainSteps:
-    """:func:`~kvroute_kernels.paged_chain_step` by the kernels. Checks the page tables, so the host waits for them once;
-    a step that must not wait uses :class:`PagedChain`."""
+    """:func:`~kvroute_kernels.paged_chain_step` by the kernels. Checks the page tables, so the host waits for them
+    once; a step that must not wait uses :class:`PagedChain`."""
     chain = PagedChain(view.lengths.device)
-    chain.stage(view, rows, start, stop, layers, state)
+    chain.stage(view, rows, start, stop, layers, state, sums=layer_sums)
     check_held(view, layers, np.asarray(start, dtype=np.int64), np.asarray(stop, dtype=np.int64))
     chain.launch(state)
-    return chain.steps()
+    steps = chain.steps()
+    if not layer_sums:
+        return steps
+    sums = chain.sums()
+    none = [i for i, count in enumerate(steps.counts) if count == 0]
+    many = [i for i, count in enumerate(steps.counts) if count > RUN]
+    if none:
+        sums[none] = 0.0
+    if many:  # chunks: their sums are split over many programs
+        low, high = [start[i] for i in many], [stop[i] for i in many]
+        pooled = paged_pool_triton(view.select_sequences(many), layers, low, high, "kv", None)
+        assert pooled.keys is not None
+        assert pooled.values is not None
+        sums[many] = torch.cat([pooled.keys.flatten(2), pooled.values.flatten(2)], dim=2)
+    return replace(steps, layer_sums=sums)
 
 
 class PagedChain:
@@ -370,7 +398,8 @@ class PagedChain:
         self._planes: Planes | None = None
         self._e4m3_bits = needs_e4m3_bits(device)
         self._counts: list[int] = []
-        self._items = self._joins = 0
+        self._items = self._joins = self._layers = 0
+        self._sums = False
         self.launches = 0
 
     def stage(
@@ -381,8 +410,11 @@ class PagedChain:
         stop: Sequence[int],
         layers: Sequence[int],
         state: ChainTensors,
+        *,
+        sums: bool = False,
     ) -> None:
-        """Say what is fed next. Arguments are those of :func:`~kvroute_kernels.paged_chain_step`.
+        """Say what is fed next. Arguments are those of :func:`~kvroute_kernels.paged_chain_step`. With ``sums``,
+        :meth:`sums` gives the sums by layer of sequences with at most RUN new tokens.
 
         Raises:
             KVViewError: layers that differ, a range outside its sequence, vectors of another size than the states',
@@ -399,7 +431,9 @@ class PagedChain:
             items = np.concatenate([items, np.full((self._room - len(items), 7), -1, dtype=np.int64)])
             joins = np.concatenate([joins, np.zeros((self._room - len(joins), 5), dtype=np.int64)])
         self._planes, self._counts = planes, (high - low).tolist()
-        self._items, self._joins = len(items), len(joins)
+        self._items, self._joins, self._sums = len(items), len(joins), sums
+        self._layers = len(layers)
+        self.buffers.get("sums", len(low) * len(layers) * self.width if sums else 0, torch.float32)
         self.buffers.send("planes", planes.rows)
         self.buffers.send("scales", planes.scales)
         self.buffers.send("items", items)
@@ -420,7 +454,8 @@ class PagedChain:
         return self._items
 
     def constants(self) -> dict[str, Any]:
-        """The constexpr arguments of :func:`chain_step_kernel`: for a device at most 5 dtypes * 2 * 2 = 20 variants."""
+        """The constexpr arguments of :func:`chain_step_kernel`: for a device at most 5 dtypes * 2 * 2 * 2 = 40
+        variants."""
         assert self._planes is not None
         p = self._planes
         bits = self._e4m3_bits and p.dtype == torch.float8_e4m3fn
@@ -428,6 +463,7 @@ class PagedChain:
             "DTYPE": tl.uint8 if bits else TRITON_DTYPES[p.dtype],
             "E4M3_BITS": bits,
             "VECTOR": p.vector,
+            "SUMS": self._sums,
             "BLOCK_L": BLOCK_L,
             "BLOCK_D": 64 if max(p.sizes) <= 64 else 128,
             "RUN": RUN,
@@ -448,6 +484,7 @@ class PagedChain:
             state.first,
             *held,
             *outs,
+            get("sums", 0, torch.float32),
             p.layers,
             p.heads,
             *chunks,
@@ -471,10 +508,16 @@ class PagedChain:
             self.launches += 1
 
     def rows(self) -> Tensor:
-        """``[tokens, 4]`` float64 of the last launch, in the buffer itself: magnitude, angle, squared magnitude, squared
-        norm, the tokens of each sequence behind one another."""
+        """``[tokens, 4]`` float64 of the last launch, in the buffer itself: magnitude, angle, squared magnitude,
+        squared norm, the tokens of each sequence behind one another."""
         total = sum(self._counts)
         return self.buffers.get("steps", 0, torch.float64)[: total * 4].view(total, 4)
+
+    def sums(self) -> Tensor:
+        """``[sequences, layers, width]`` float32 of the last launch, in the buffer itself; not written where a
+        sequence has no new token or more than RUN."""
+        shape = (len(self._counts), self._layers, self.width)
+        return self.buffers.get("sums", 0, torch.float32)[: math.prod(shape)].view(shape)
 
     def steps(self) -> ChainSteps:
         """The last launch's steps, copied."""
@@ -485,8 +528,8 @@ class PagedChain:
 def chain_items(
     rows: np.ndarray[Any, Any], low: np.ndarray[Any, Any], high: np.ndarray[Any, Any]
 ) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any], int]:
-    """Items ``[W, 7]`` and joins ``[J, 5]`` (fields as the kernels take them), and rows of ends. A sequence without a new
-    token has no item."""
+    """Items ``[W, 7]`` and joins ``[J, 5]`` (fields as the kernels take them), and rows of ends. A sequence without a
+    new token has no item."""
     size = high - low
     runs = -(-size // RUN)
     sequence = np.repeat(np.arange(len(low)), runs)

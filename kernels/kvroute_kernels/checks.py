@@ -36,7 +36,7 @@ def check_ranges(view: KVView, low: Ints, high: Ints, weights: Sequence[Tensor] 
 
 
 def check_held(view: KVView, layers: Sequence[int], low: Ints, high: Ints) -> None:
-    """That every token of the ranges has its page. Reads the page tables: on a GPU the host waits for it.
+    """That every token of the ranges has its page. Where the host has no copy of the page tables, it waits for them.
 
     Raises:
         WindowError: a token before the first that is held.
@@ -49,13 +49,11 @@ def check_held(view: KVView, layers: Sequence[int], low: Ints, high: Ints) -> No
         if key in seen or not len(some):
             continue
         seen.add(key)
-        first = group.table.first.cpu().numpy()
+        pages, offset, first = (x.numpy() for x in group.table.on_host())
         early = some[low[some] < first[some]]
         if len(early):
             b = int(early[0])
             raise WindowError(group.layers[places[0]], b, int(low[b]), int(first[b]))
-        offset = group.table.offset.cpu().numpy()
-        pages = group.table.pages.cpu().numpy()
         column = np.arange(pages.shape[1])
         begin, end = (low + offset) // group.page_size, (high - 1 + offset) // group.page_size
         wanted = (column >= begin[:, None]) & (column <= end[:, None]) & (high > low)[:, None]

@@ -1,7 +1,8 @@
 """A difficulty head's MLP, and whether its difficulty lies above a threshold: the torch reference.
 
-Maths: with ``z = (x - mean) * inverse``, ``s = clip(w2 . relu(W1 z + b1) + b2, 0, 1)``; the difficulty is ``100 s``, and the
-flag is ``difficulty > threshold`` (arXiv 2601.20326, section 4.2). Each request is computed alone, whatever stands beside it.
+Maths: with ``z = (x - mean) * inverse``, ``s = clip(w2 . relu(W1 z + b1) + b2, 0, 1)``; the difficulty is ``100 s``,
+and the flag is ``difficulty > threshold`` (arXiv 2601.20326, section 4.2). Each request is computed alone, whatever
+stands beside it.
 """
 
 from __future__ import annotations

@@ -1,12 +1,13 @@
 """A difficulty head's MLP and its threshold in Triton: the twin of the reference in ``difficulty_head.py``.
 
-Maths: there. Grid: the first launch has a program for BLOCK_H hidden units of one request; it reads their rows of W1 in tiles
-``[BLOCK_H, BLOCK_K]``, standardises the vector as it goes, and leaves one number, its units' share of the output. The second
-has a program a request, which adds the shares in their order and compares. So difficulty and flag are on the device, and
-what decides on them there waits for no host. Requests of different heads, of different sizes, go in one call.
+Maths: there. Grid: the first launch has a program for BLOCK_H hidden units of one request; it reads their rows of W1
+in tiles ``[BLOCK_H, BLOCK_K]``, standardises the vector as it goes, and leaves one number, its units' share of the
+output. The second has a program a request, which adds the shares in their order and compares. So difficulty and flag
+are on the device, and what decides on them there waits for no host. Requests of different heads, of different sizes,
+go in one call.
 
-Memory: 4 bytes for every BLOCK_H hidden units of a request. Weights are read once a request; those of the same head meet
-in the cache.
+Memory: 4 bytes for every BLOCK_H hidden units of a request. Weights are read once a request; those of the same head
+meet in the cache.
 """
 
 from __future__ import annotations
@@ -67,8 +68,8 @@ def difficulty_head_kernel(
         number = low + tl.arange(0, BLOCK_K)
         inside = number < dim
         x = tl.load(vectors + request * width + number, mask=inside, other=0.0)
+        x = tl.where(tl.abs(x) < float("inf"), x, float("nan"))  # also where a zero would hide it
         z = (x - tl.load(mean + number, mask=inside, other=0.0)) * tl.load(inverse + number, mask=inside, other=0.0)
-        z = tl.where(tl.abs(x) < float("inf"), z, float("nan"))  # also where a zero hides it
         rows = tl.load(matrix + unit[:, None] * dim + number[None, :], mask=real[:, None] & inside[None, :], other=0.0)
         sums += rows * z[None, :]
     before = tl.sum(sums, axis=1) + tl.load(bias + unit, mask=real, other=0.0)
@@ -116,8 +117,8 @@ def difficulty_head_triton(
 
 
 class HeadStack:
-    """Heads on one device, and the buffers of :func:`~kvroute_kernels.difficulty_head`. Nothing waits for the device, and
-    where no buffer has to grow, :meth:`launch` allocates nothing.
+    """Heads on one device, and the buffers of :func:`~kvroute_kernels.difficulty_head`. Nothing waits for the device,
+    and where no buffer has to grow, :meth:`launch` allocates nothing.
 
     Args:
         heads: the heads; their tensors are taken to the device as float32 once.

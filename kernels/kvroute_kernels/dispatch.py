@@ -13,8 +13,9 @@ import torch
 
 from kvroute_kernels.view import KVViewError
 
-Backend = Literal["auto", "torch", "triton", "interpret"]
-"""``triton`` needs a GPU; ``interpret`` runs the same kernels in Triton's interpreter, slowly, to show what they do."""
+Backend = Literal["auto", "torch", "native", "triton", "interpret"]
+"""``triton`` needs a GPU; ``interpret`` runs the same kernels in Triton's interpreter, slowly, to show what they do.
+``native`` is compiled C++ on a CPU, for ops that have it; ``torch`` is the reference."""
 
 VARIABLE = "KVROUTE_KERNELS"
 """Environment variable that stands in for an argument that is not given."""
@@ -38,30 +39,37 @@ def choose(device: torch.device, dtype: torch.dtype, backend: Backend | None = N
     """The backend that runs an op.
 
     Args:
-        device: where the tensors lie.
-        dtype: of the cache.
-        backend: ``torch``, ``triton`` or ``interpret``; ``auto`` is Triton on a GPU and torch elsewhere. By default
-            what ``KVROUTE_KERNELS`` says, else ``auto``.
+        device: where the tensors lie. dtype: of the cache. backend: ``torch``, ``native``, ``triton`` or
+        ``interpret``; ``auto`` is Triton on a GPU, and elsewhere torch, or
+            native code where an op has it and it can be built. By default what ``KVROUTE_KERNELS`` says, else ``auto``.
 
     Returns:
-        ``torch``, ``triton`` or ``interpret``.
+        ``torch``, ``native``, ``triton`` or ``interpret``; ``torch`` stands for "native if there is any" where ``auto``
+        was asked for.
 
     Raises:
         KernelsUnavailableError: what was asked for by name can't run; the message says why and what to do.
     """
-    asked, by = backend, "The backend"
-    if asked is None:
-        asked, by = os.environ.get(VARIABLE) or "auto", VARIABLE  # type: ignore[assignment]
+    asked, by = (backend, "The backend") if backend is not None else (_wished(), VARIABLE)
     if asked not in get_args(Backend):
         raise KernelsUnavailableError(f"{by} is one of {', '.join(get_args(Backend))}, not {asked!r}.")
     if asked == "torch":
         return "torch"
+    if asked == "native" and device.type != "cpu":
+        raise KernelsUnavailableError(f"{by} asks for 'native', and the tensors lie on {device.type}. Use 'auto'.")
+    if asked == "native":
+        return "native"
     reason = _why_not(asked, device, dtype)
     if asked == "auto":
         return "torch" if reason else "triton"
     if reason:
         raise KernelsUnavailableError(f"{by} asks for {asked!r}: {reason}")
     return asked
+
+
+def _wished() -> Backend:
+    """What the environment says; it may be nonsense, which :func:`choose` refuses."""
+    return os.environ.get(VARIABLE) or "auto"  # type: ignore[return-value]
 
 
 def _why_not(backend: str, device: torch.device, dtype: torch.dtype) -> str | None:
@@ -98,6 +106,7 @@ def run(
     *,
     triton: Callable[[], _T],
     torch_: Callable[[], _T],
+    native: Callable[[], _T | None] | None = None,
 ) -> _T:
     """An op by the backend that is chosen. Under ``auto`` an op whose kernels fail the first time they are used is
     torch's from then on, which is logged as an error once; later failures, and all under a name, are raised.
@@ -106,9 +115,17 @@ def run(
         KernelsUnavailableError: as :func:`choose`.
     """
     chosen = choose(device, dtype, backend)
-    if chosen == "torch":
+    automatic = (backend or _wished()) == "auto"
+    if native is not None and device.type == "cpu" and (chosen == "native" or (automatic and chosen == "torch")):
+        done = native()
+        if done is not None:
+            return done
+        if not automatic:
+            raise KernelsUnavailableError(
+                f"{op} has no native code for this cache ({dtype}), or no C++ compiler is there. Use 'auto'."
+            )
+    if chosen in ("torch", "native"):
         return torch_()
-    automatic = (backend or os.environ.get(VARIABLE) or "auto") == "auto"
     if automatic and op in _BROKEN:
         return torch_()
     try:

@@ -72,10 +72,15 @@ def paged_pool(
 
         return paged_pool_triton(view, chosen, low, high, part, weights)
 
+    def native() -> PooledSums | None:
+        from kvroute_kernels.paged_pool_native import can_pool, paged_pool_native
+
+        return paged_pool_native(view, chosen, low, high, part, weights) if can_pool(view, chosen) else None
+
     def torch_() -> PooledSums:
         return paged_pool_reference(view, chosen, low, high, part, weights)
 
-    return run("paged_pool", view.lengths.device, view.dtype, backend, triton=triton, torch_=torch_)
+    return run("paged_pool", view.lengths.device, view.dtype, backend, triton=triton, native=native, torch_=torch_)
 
 
 def paged_pool_reference(

@@ -4,15 +4,16 @@ Maths: ``S[b, l, h, :] = scale_l * sum_t w_{b,t} X[l, b, h, t, :]`` over the tok
 values, w = 1 unless given.
 
 Grid: one dimension of (items x columns). An *item* is a run of at most SPLIT tokens of one sequence, counted from the
-sequence's own start; a *column* is BLOCK_D entries of one head of one plane (keys or values of one layer). A program adds
-up its tokens in a tile ``[BLOCK_T, BLOCK_D]`` of float32 and folds the tile at the end, so a sum is split over
+sequence's own start; a *column* is BLOCK_D entries of one head of one plane (keys or values of one layer). A program
+adds up its tokens in a tile ``[BLOCK_T, BLOCK_D]`` of float32 and folds the tile at the end, so a sum is split over
 BLOCK_T * (splits) partial sums. One launch reads all sequences, layers, heads, keys and values, each number once.
 
-A sequence of more than SPLIT tokens leaves one row of partial sums an item; a second launch adds them up in their order.
-No atomics. Where runs begin depends on the sequence alone, so its sums have the same bits on every run and in every batch.
+A sequence of more than SPLIT tokens leaves one row of partial sums an item; a second launch adds them up in their
+order. No atomics. Where runs begin depends on the sequence alone, so its sums have the same bits on every run and in
+every batch.
 
 Memory: out ``[sequences + partial rows, width]`` float32; a partial row is 4 bytes an entry for SPLIT * 2 bytes read
-(0.4 % in bfloat16). Buffers are kept and grow rarely: a step that fits allocates nothing and waits for nothing.
+(0.8 % in bfloat16). Buffers are kept and grow rarely: a step that fits allocates nothing and waits for nothing.
 
 A page that is absent (-1), or a token outside the table, makes the sums NaN: never another sequence's numbers.
 """
@@ -36,7 +37,7 @@ from kvroute_kernels.planes import Planes, planes_of
 from kvroute_kernels.reading_triton import TRITON_DTYPES, load_numbers, needs_e4m3_bits
 from kvroute_kernels.view import KVView, KVViewError
 
-SPLIT = 512
+SPLIT = 256
 """Tokens of a sequence that one program adds up. Part of what decides a sum's bits."""
 JOIN_T, JOIN_D = 16, 256
 """Partial rows and numbers of a tile of the second launch."""
@@ -143,6 +144,8 @@ def paged_pool_join_kernel(
     first = tl.load(join + 1)
     count = tl.load(join + 2)
     if count > 0:
+        width = tl.multiple_of(width, 4)  # as rows are made
+        out = tl.multiple_of(out, 16)
         place = (program % blocks) * BLOCK_D + tl.arange(0, BLOCK_D)
         inside = place < width
         sums = tl.zeros([BLOCK_T, BLOCK_D], tl.float32)
@@ -166,8 +169,8 @@ def paged_pool_triton(
     part: Literal["k", "v", "kv"],
     weights: Sequence[Tensor] | None,
 ) -> PooledSums:
-    """:func:`~kvroute_kernels.paged_pool` by the kernels. Checks the page tables, so the host waits for them once; a step
-    that must not wait uses :class:`PagedPool`."""
+    """:func:`~kvroute_kernels.paged_pool` by the kernels. Checks the page tables, so the host waits for them once; a
+    step that must not wait uses :class:`PagedPool`."""
     pool = PagedPool(view.lengths.device)
     pool.stage(view, layers, start, stop, part=part, weights=weights)
     check_held(view, layers, np.asarray(start, dtype=np.int64), np.asarray(stop, dtype=np.int64))

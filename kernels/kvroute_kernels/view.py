@@ -56,12 +56,27 @@ class PageTable:
         pages: ``[B, M]`` int64, page index of every column; -1 where there is none (absent).
         offset: ``[B]`` int64, slot of token 0: token t lies in slot ``t + offset``. Left padding makes it
             positive, a window that dropped its first tokens makes it negative.
-        first: ``[B]`` int64, first token that is held; 0 unless the layers hold a window only.
+        first: ``[B]`` int64, first token that is held; 0 unless the layers hold a window only. host: the same three
+        in the host's memory, so that nothing waits for a GPU to look at them; None where they are not
+            at hand.
     """
 
     pages: Tensor
     offset: Tensor
     first: Tensor
+    host: tuple[Tensor, Tensor, Tensor] | None = None
+
+    def on_host(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Pages, offset and first in the host's memory; without :attr:`host` the host waits for them."""
+        return (self.pages.cpu(), self.offset.cpu(), self.first.cpu()) if self.host is None else self.host
+
+    def select(self, rows: Tensor) -> PageTable:
+        """The table of some sequences."""
+        host = self.host
+        host = (host[0][rows], host[1][rows], host[2][rows]) if host is not None and rows.device.type == "cpu" else None
+        device = self.pages.device
+        index = rows.to(device)
+        return PageTable(self.pages[index], self.offset[index], self.first[index], host)
 
 
 @dataclass(frozen=True, slots=True)
@@ -298,14 +313,14 @@ class KVView:
 
     def select_sequences(self, sequences: Sequence[int]) -> KVView:
         """The view of some sequences only; nothing of the cache is copied."""
-        index = torch.tensor(list(sequences), dtype=torch.int64, device=self.lengths.device)
+        index = torch.tensor(list(sequences), dtype=torch.int64)
         tables: dict[int, PageTable] = {}
         groups = []
         for g in self.groups:
             if id(g.table) not in tables:
-                tables[id(g.table)] = PageTable(g.table.pages[index], g.table.offset[index], g.table.first[index])
+                tables[id(g.table)] = g.table.select(index)
             groups.append(replace(g, table=tables[id(g.table)]))
-        return KVView(groups, self.lengths[index])
+        return KVView(groups, self.lengths[index.to(self.lengths.device)])
 
     def split_layers(self, layers: Sequence[int]) -> list[tuple[KVGroup, list[int], list[int]]]:
         """The groups that hold ``layers``: (group, places in the group, places in ``layers``)."""
