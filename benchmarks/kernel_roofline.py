@@ -4,12 +4,11 @@ Time of a kernel: launches * launch time + max(bytes / bandwidth, waves of progr
 program is a chain of loads that wait for each other, counted from the kernel's loops, each `LATENCY` long. Bytes:
 keys and values that are asked for, once (as `kernel_codegen.py` counts), with tables and partial rows. Time of a
 decode step: weights once, and the keys and values of all requests once, at the same bandwidth; so it is a lower bound
-of what a server needs, and shares are upper bounds. Prefill is left out: it is compute-bound and longer. Nothing here
-was measured on a card.
+of what a server needs, and shares are upper bounds. A prompt is pooled in the step that computed its last tokens, so its
+share of its own prefill is given, too. Nothing here was measured on a card.
 
-Cases: pooling one prompt of each request in the step that made it whole (a server admits far fewer at once); pooling
-the last 64 tokens of every request (a checkpoint); the chain step and the sums by layer, for every request in every
-step.
+Cases: pooling one prompt of that length; pooling those of all requests at once (a server admits far fewer in a step);
+pooling the last 64 tokens of every request (a checkpoint); the chain step with its sums by layer, for every request.
 """
 
 from __future__ import annotations
@@ -25,12 +24,14 @@ from _kernels import Launch, compile_launch, launches_of, meta_view
 
 @dataclass(frozen=True)
 class Card:
-    """Bytes a second of memory, multiprocessors, target of the compiler, bytes of memory."""
+    """Bytes a second of memory, multiprocessors, target of the compiler, bytes of memory, dense bfloat16 operations a
+    second."""
 
     bandwidth: float
     units: int
     target: str
     memory: float
+    peak: float
 
 
 @dataclass(frozen=True)
@@ -49,12 +50,12 @@ class Model:
 
 
 CARDS = {
-    "A100": Card(2.04e12, 108, "sm_80", 80e9),
-    "H100": Card(3.35e12, 132, "sm_90", 80e9),
-    "B200": Card(8.0e12, 148, "sm_100", 180e9),
-    "MI300X": Card(5.3e12, 304, "gfx942", 192e9),
+    "A100": Card(2.04e12, 108, "sm_80", 80e9, 312e12),
+    "H100": Card(3.35e12, 132, "sm_90", 80e9, 989e12),
+    "B200": Card(8.0e12, 148, "sm_100", 180e9, 2250e12),
+    "MI300X": Card(5.3e12, 304, "gfx942", 192e9, 1307e12),
 }
-"""From the makers' data sheets: memory bandwidth, SMs or CUs, memory (A100 and H100: SXM, 80 GB)."""
+"""From the makers' data sheets: memory bandwidth, SMs or CUs, memory, dense bfloat16 (A100 and H100: SXM, 80 GB)."""
 MODELS = {"Llama-3.1-8B": Model(8.03e9, 32, 8, 128), "Qwen3-32B": Model(32.8e9, 64, 8, 128)}
 EFFICIENCY = 0.9
 """Of the bandwidth that a kernel or a step reaches."""
@@ -90,14 +91,18 @@ def pooling(card: Card, model: Model, resident: int, requests: int, tokens: int,
 
 
 def chains(card: Card, model: Model, resident: int, requests: int) -> float:
-    """One new token of each request: the chain step, and the sums by layer."""
+    """The chain step of one new token of each request, with its sums by layer, which are written in float32."""
     from kvroute_kernels.chain_step_triton import BLOCK_L
 
     width = model.heads * model.size * 2
-    data = requests * (model.token + width * 4 * 3)
+    data = requests * (model.token + width * 4 * 3 + model.layers * width * 4)
     pieces = 2 * model.heads * math.ceil(model.layers / BLOCK_L)
-    step = seconds(card, 1, data, requests, resident, 4 + 3 * pieces)
-    return step + pooling(card, model, resident, requests, 1, model.layers)
+    return seconds(card, 1, data, requests, resident, 4 + 3 * pieces)
+
+
+def prefill(card: Card, model: Model, tokens: int) -> float:
+    """A prompt's own prefill, at half of the card's dense bfloat16 peak, attention left out."""
+    return 2 * model.parameters * tokens / (card.peak / 2)
 
 
 def decode(card: Card, model: Model, requests: int, tokens: int) -> float:
@@ -117,7 +122,7 @@ def main() -> None:
         card = CARDS[card_name]
         pool_at, chain_at = occupancy(pool_launch, card), occupancy(chain_launch, card)
         for model_name, model in MODELS.items():
-            worst: dict[str, float] = {"chains": 0.0, "checkpoint": 0.0, "prompt": 0.0}
+            worst = {"prompt": 0.0, "prompt_of_prefill": 0.0, "checkpoint": 0.0, "chains": 0.0}
             for requests in batches:
                 for tokens in lengths:
                     fits = model.parameters * 2 + requests * tokens * model.token <= card.memory
@@ -134,6 +139,7 @@ def main() -> None:
                             requests,
                             f"{tokens // 1024}k",
                             f"{step * 1e3:.2f}{'' if fits else ' *'}",
+                            f"{one / prefill(card, model, tokens):.3%}",
                             *(
                                 f"{x * 1e6:.0f} ({share:.2%}){' >1 %' if share > 0.01 else ''}"
                                 for x, share in zip((one, every, window, chain), shares, strict=True)
@@ -143,6 +149,7 @@ def main() -> None:
                     if fits:
                         worst = {
                             "prompt": max(worst["prompt"], shares[0]),
+                            "prompt_of_prefill": max(worst["prompt_of_prefill"], one / prefill(card, model, tokens)),
                             "checkpoint": max(worst["checkpoint"], shares[2]),
                             "chains": max(worst["chains"], shares[3]),
                         }
@@ -156,6 +163,7 @@ def main() -> None:
                 "requests",
                 "tokens each",
                 "decode step, ms",
+                "one prompt / its prefill",
                 "pool one prompt, us (share)",
                 "pool every prompt",
                 "pool 64 tokens of each",

@@ -11,7 +11,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 
 SPECIALIZATIONS = """
-import itertools, json, random
+import json, random
 import torch
 from triton.backends.compiler import GPUTarget
 from triton.compiler import make_backend
@@ -21,18 +21,20 @@ from _kernels import launches_of, meta_view
 backend = make_backend(GPUTarget("cuda", 90, 32))
 binders, keys = {}, {}
 random.seed(0)
+pick = random.choice
 for _ in range(120):
-    dtype = random.choice([torch.bfloat16, torch.float32, torch.float8_e5m2])
-    lengths = [random.randint(1, 1500) for _ in range(random.choice([1, 2, 16, 64]))]
-    view = meta_view(lengths, layers=random.choice([1, 16, 17]), heads=random.choice([1, 2, 8]),
-                     size=random.choice([64, 80, 128, 256]), dtype=dtype, page=random.choice([1, 16, 32]),
-                     beside=random.random() < 0.7)
-    weights = [torch.ones(n) for n in lengths] if random.random() < 0.5 else None launches = launches_of("paged_pool",
-    view, weights=weights) launches += launches_of("chain_step", view, start=[max(n - random.choice([1, 40]), 0) for n
-    in lengths]) launches += launches_of("difficulty_head", dim=random.choice([16, 17, 512]), hidden=random.choice([1,
-    16, 33]), requests=random.choice([1, 16])) for launch in launches:
+    dtype = pick([torch.bfloat16, torch.float32, torch.float8_e5m2])
+    lengths = [random.randint(1, 1500) for _ in range(pick([1, 2, 16, 64]))]
+    shape = {"layers": pick([1, 16, 17]), "heads": pick([1, 2, 8]), "size": pick([64, 80, 128, 256])}
+    view = meta_view(lengths, dtype=dtype, page=pick([1, 16, 32]), beside=random.random() < 0.7, **shape)
+    weights = [torch.ones(n) for n in lengths] if random.random() < 0.5 else None
+    launches = launches_of("paged_pool", view, weights=weights)
+    launches += launches_of("chain_step", view, start=[max(n - pick([1, 40]), 0) for n in lengths])
+    sizes = {"dim": pick([16, 17, 512]), "hidden": pick([1, 16, 33]), "requests": pick([1, 16])}
+    launches += launches_of("difficulty_head", **sizes)
+    for launch in launches:
+        kernel = launch.kernel
         if launch.name not in binders:
-            kernel = launch.kernel
             binders[launch.name] = create_function_from_signature(kernel.signature, kernel.params, backend)
         keywords = launch.constants | launch.options
         _, specialization, options = binders[launch.name](*launch.arguments.values(), **keywords)
