@@ -15,14 +15,30 @@ if find_spec("langchain_core") is None:
     raise MissingExtraError("langchain-core", "langchain")
 
 if TYPE_CHECKING:
+    from langchain_kvroute.callback import SelfEvaluationCallbackHandler, SelfEvaluationRecord
+    from langchain_kvroute.evaluating import SelfEvaluation, self_evaluation
     from langchain_kvroute.metadata import KVRouteMetadata, kvroute_metadata
+    from langchain_kvroute.middleware import SelfEvaluationMiddleware
 
 _LAZY = {
     "KVRouteMetadata": "langchain_kvroute.metadata",
+    "SelfEvaluation": "langchain_kvroute.evaluating",
+    "SelfEvaluationCallbackHandler": "langchain_kvroute.callback",
+    "SelfEvaluationMiddleware": "langchain_kvroute.middleware",
+    "SelfEvaluationRecord": "langchain_kvroute.callback",
+    "self_evaluation": "langchain_kvroute.evaluating",
     "kvroute_metadata": "langchain_kvroute.metadata",
 }
 
-__all__ = ["KVRouteMetadata", "kvroute_metadata"]
+__all__ = [
+    "KVRouteMetadata",
+    "SelfEvaluation",
+    "SelfEvaluationCallbackHandler",
+    "SelfEvaluationMiddleware",
+    "SelfEvaluationRecord",
+    "kvroute_metadata",
+    "self_evaluation",
+]
 
 
 def __getattr__(name: str) -> Any:
