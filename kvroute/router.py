@@ -210,10 +210,34 @@ class Router(Chooser):
         Raises:
             As :meth:`decide`.
         """
-        [request] = self._requests([prompt], mode, last, template)
+        requests = self._requests([prompt], mode, last, template)
         if self.served is not None:
             refuse(last=last, prefix=prefix)
-        return prefill(self, request, prefix)
+        return prefill(self, requests, prefix=prefix)[0]
+
+    def prefill_many(
+        self,
+        prompts: Sequence[Prompt],
+        *,
+        mode: str | Sequence[str | None] | None = None,
+        last: str | None = None,
+        template: Mapping[str, Any] | None = None,
+        keep: bool = True,
+    ) -> list[Prefilled]:
+        """:meth:`prefill` for many, in one run.
+
+        Args:
+            prompts, mode, last, template: as in :meth:`decide_many`.
+            keep: keep the caches. Otherwise it is what :meth:`decide_many` does, told with its tokens; nothing is run
+                for a prompt whose mode is demanded.
+
+        Raises:
+            As :meth:`decide`.
+        """
+        requests = self._requests(list(prompts), mode, last, template)
+        if self.served is not None:
+            refuse(last=last)
+        return prefill(self, requests, keep=keep)
 
     async def aprefill(self, prompt: Prompt, **kwargs: Any) -> Prefilled:
         """:meth:`prefill` in a thread."""

@@ -350,10 +350,10 @@ def served_decisions(router: Router, requests: list[Request]) -> list[Decision]:
     return [decision for decision, _ in _decided(router, requests)]
 
 
-def served_prefill(router: Router, request: Request) -> tuple[Decision, Usage]:
-    """What the engine decides about one prompt, and what that cost; its cache stays in the engine."""
-    [(decision, usage)] = _decided(router, [request])
-    return decision, Usage(usage.prompt, usage.cached, usage.prompt - usage.cached, 0)
+def served_prefills(router: Router, requests: Sequence[Request]) -> list[tuple[Decision, Usage]]:
+    """What the engine decides about prompts, and what that cost; their caches stay in the engine."""
+    found = _decided(router, list(requests))
+    return [(decision, Usage(u.prompt, u.cached, u.prompt - u.cached, 0)) for decision, u in found]
 
 
 def _decided(router: Router, requests: list[Request]) -> list[tuple[Decision, Usage]]:
