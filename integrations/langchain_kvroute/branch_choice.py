@@ -1,0 +1,193 @@
+"""Which branch a prompt takes: the decision, what it cost, what the branch may go on from. A fault takes the default.
+
+Nothing of a prompt is logged: a fault is logged once by its kind, and told in full in the metadata.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+from langchain_core.prompts import BasePromptTemplate
+from langchain_core.runnables import Runnable
+
+from kvroute import Decision, InvalidInputError, KVRouteError, Prefilled, Usage
+from langchain_kvroute.handover import Handover, continues_on
+from langchain_kvroute.metadata import KVRouteMetadata, of_decision
+from langchain_kvroute.rendering import as_prompt, continues_texts, fill, held, template_of
+from langchain_kvroute.router_handle import RouterHandle
+
+logger = logging.getLogger("kvroute.langchain")
+_told: set[str] = set()
+
+
+def warn_once(what: str, error: Exception) -> None:
+    """Log a fault by its kind: the first one as a warning, and those that follow for who debugs."""
+    line = f"{what}: {type(error).__name__}"
+    logger.log(logging.DEBUG if line in _told else logging.WARNING, "kvroute: %s. Logged once of each kind.", line)
+    _told.add(line)
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """A branch for one input.
+
+    Attributes:
+        branch: its name.
+        decision: why.
+        usage: tokens that the decision cost; None where nothing is known of them.
+        handover: what a chat model in the branch may go on from, or None.
+    """
+
+    branch: str
+    decision: Decision
+    usage: Usage | None = None
+    handover: Handover | None = None
+
+    @cached_property
+    def metadata(self) -> KVRouteMetadata:
+        """In the form that answers carry."""
+        return of_decision(self.decision, self.usage)
+
+    @cached_property
+    def run_metadata(self) -> dict[str, Any]:
+        """For the branch's run: the whole, and beside it what traces are searched by."""
+        return {
+            "kvroute": self.metadata,
+            "kvroute_branch": self.branch,
+            "kvroute_difficulty": self.decision.difficulty,
+            "kvroute_why": self.decision.why,
+        }
+
+
+@dataclass
+class Chooser:
+    """Chooses among branches.
+
+    Attributes:
+        handle: the router.
+        branches: by name.
+        default: the branch where a decision fails; None takes the policy's fallback.
+    """
+
+    handle: RouterHandle
+    branches: Mapping[str, Runnable[Any, Any]]
+    default: str | None
+    _engine: Any = field(default=None, repr=False)
+    _continues: bool = False
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_engine": None, "_continues": False}  # copies and pickles hold no engine
+
+    @cached_property
+    def template(self) -> BasePromptTemplate[Any] | None:
+        """What turns an input into a prompt: that of the default branch, else the first there is."""
+        names = [n for n in (self.default or "slow", *self.branches) if n in self.branches]
+        found = (template_of(self.branches[name]) for name in names)
+        return next((template for template in found if template is not None), None)
+
+    @cached_property
+    def text(self) -> bool:
+        """Whether a text stays one."""
+        return continues_texts(list(self.branches.values()))
+
+    def prompt(self, given: Any, *, rendered: bool) -> Any:
+        """The prompt of an input.
+
+        Args:
+            given: the input, or what ``prompt=`` made of it.
+            rendered: whether it is that.
+
+        Returns:
+            a prompt in kvroute's form, or the exception that stands in its way.
+        """
+        try:
+            if not rendered and self.template is not None:
+                given = fill(self.template, given)
+            return as_prompt(given, text=self.text)
+        except Exception as error:  # noqa: BLE001 - costs the decision, not the answer
+            return error
+
+    def choose(self, prompts: Sequence[Any]) -> list[Chosen]:
+        """Decide prompts, in one run.
+
+        Args:
+            prompts: each in kvroute's form, or an exception.
+        """
+        good = [i for i, p in enumerate(prompts) if not isinstance(p, Exception)]
+        found: list[Any] = list(prompts)
+        router: Any = None
+        try:
+            router = self.handle.get()
+            keep = self.continues(router.engine)
+        except Exception as error:  # noqa: BLE001 - costs the decision, not the answer
+            found = [p if isinstance(p, Exception) else error for p in prompts]
+        else:
+            for i, one in zip(good, _each(router, [prompts[i] for i in good], keep), strict=True):
+                found[i] = one
+        return [self._chosen(router, one) for one in found]
+
+    def forced(self, mode: Any) -> Chosen:
+        """A branch that was demanded. Nothing is run for it.
+
+        Raises:
+            InvalidInputError: there is none of that name.
+        """
+        if mode not in self.branches:
+            raise InvalidInputError(f"kvroute_mode is one of {list(self.branches)}, not {mode!r}.")
+        decision = Decision(mode, why="forced")
+        return Chosen(mode, decision, Usage(0, 0, 0, 0))
+
+    def continues(self, engine: Any) -> bool:
+        """Whether a chat model in a branch runs on this engine, so that it can go on from a decision's cache."""
+        if self._engine is not engine:
+            name = None if self.handle.name is None else self.handle.name.engine
+            nodes = [node for branch in self.branches.values() for node, _ in held(branch)]
+            self._continues = any(continues_on(node, engine, name) for node in nodes)
+            self._engine = engine
+        return self._continues
+
+    def _chosen(self, router: Any, found: Prefilled | Exception) -> Chosen:
+        if isinstance(found, Exception):
+            branch = self.fallback(router)
+            warn_once(f"no decision, so the branch {branch!r} is taken", found)
+            kind = "" if router is None else router.policy.kind
+            return Chosen(branch, Decision(branch, why="fault", policy=kind, fault=_text(found)))
+        decision = found.decision
+        branch = decision.mode
+        if decision.why == "fault":
+            branch = self.fallback(router)
+        elif branch not in self.branches:
+            branch = self.fallback(router)
+            fault = f"The policy chose {decision.mode!r}, and there is no such branch."
+            decision = dataclasses.replace(decision, why="fault", fault=fault)
+            warn_once(f"no branch as chosen, so {branch!r} is taken", InvalidInputError(fault))
+        if branch != decision.mode:
+            decision = dataclasses.replace(decision, mode=branch)
+        handover = Handover(router.engine, found.prefix, decision) if self._continues else None
+        return Chosen(branch, decision, found.usage, handover)
+
+    def fallback(self, router: Any) -> str:
+        """The branch where a decision fails."""
+        wanted = self.default or ("slow" if router is None else router.policy.fallback)
+        return wanted if wanted in self.branches else list(self.branches)[-1]
+
+
+def _each(router: Any, prompts: list[Any], keep: bool) -> list[Prefilled | Exception]:
+    """All in one run or, where that fails, each alone: a fault stays with its prompt."""
+    if not prompts:
+        return []
+    try:
+        return list(router.prefill_many(prompts, keep=keep))
+    except Exception as error:  # noqa: BLE001 - costs the decision, not the answer
+        if len(prompts) == 1:
+            return [error]
+    return [_each(router, [prompt], keep)[0] for prompt in prompts]
+
+
+def _text(error: Exception) -> str:
+    return str(error) if isinstance(error, KVRouteError) else f"{type(error).__name__}: {error}"
