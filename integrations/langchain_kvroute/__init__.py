@@ -16,12 +16,19 @@ if find_spec("langchain_core") is None:
 
 if TYPE_CHECKING:
     from langchain_kvroute.callback import SelfEvaluationCallbackHandler, SelfEvaluationRecord
+    from langchain_kvroute.chat_model import ChatKVRoute
+    from langchain_kvroute.embeddings import KVRouteEmbeddings
     from langchain_kvroute.evaluating import SelfEvaluation, self_evaluation
     from langchain_kvroute.metadata import KVRouteMetadata, kvroute_metadata
     from langchain_kvroute.middleware import SelfEvaluationMiddleware
+    from langchain_kvroute.router import KVRouteRouter, RoutedOutput
 
 _LAZY = {
+    "ChatKVRoute": "langchain_kvroute.chat_model",
+    "KVRouteEmbeddings": "langchain_kvroute.embeddings",
     "KVRouteMetadata": "langchain_kvroute.metadata",
+    "KVRouteRouter": "langchain_kvroute.router",
+    "RoutedOutput": "langchain_kvroute.router",
     "SelfEvaluation": "langchain_kvroute.evaluating",
     "SelfEvaluationCallbackHandler": "langchain_kvroute.callback",
     "SelfEvaluationMiddleware": "langchain_kvroute.middleware",
@@ -31,7 +38,11 @@ _LAZY = {
 }
 
 __all__ = [
+    "ChatKVRoute",
+    "KVRouteEmbeddings",
     "KVRouteMetadata",
+    "KVRouteRouter",
+    "RoutedOutput",
     "SelfEvaluation",
     "SelfEvaluationCallbackHandler",
     "SelfEvaluationMiddleware",
