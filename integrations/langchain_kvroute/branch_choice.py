@@ -16,9 +16,10 @@ from langchain_core.prompts import BasePromptTemplate
 from langchain_core.runnables import Runnable
 
 from kvroute import Decision, InvalidInputError, KVRouteError, Prefilled, Usage
-from langchain_kvroute.handover import Handover, continues_on
+from langchain_kvroute.continuing import View
+from langchain_kvroute.handover import Handover
 from langchain_kvroute.metadata import KVRouteMetadata, of_decision
-from langchain_kvroute.rendering import as_prompt, continues_texts, fill, held, template_of
+from langchain_kvroute.rendering import as_messages, continues_texts, fill, template_of
 from langchain_kvroute.router_handle import RouterHandle
 
 logger = logging.getLogger("kvroute.langchain")
@@ -78,22 +79,26 @@ class Chooser:
     branches: Mapping[str, Runnable[Any, Any]]
     default: str | None
     _engine: Any = field(default=None, repr=False)
-    _continues: bool = False
+    _view: View = field(default_factory=View, repr=False)
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_engine": None, "_continues": False}  # copies and pickles hold no engine
+        return self.__dict__ | {"_engine": None, "_view": View()}  # copies and pickles hold no engine
+
+    @cached_property
+    def _default_first(self) -> list[Runnable[Any, Any]]:
+        first = self.default or "slow"
+        return [self.branches[n] for n in sorted(self.branches, key=lambda n: n != first)]
 
     @cached_property
     def template(self) -> BasePromptTemplate[Any] | None:
         """What turns an input into a prompt: that of the default branch, else the first there is."""
-        names = [n for n in (self.default or "slow", *self.branches) if n in self.branches]
-        found = (template_of(self.branches[name]) for name in names)
+        found = (template_of(branch) for branch in self._default_first)
         return next((template for template in found if template is not None), None)
 
     @cached_property
     def text(self) -> bool:
         """Whether a text stays one."""
-        return continues_texts(list(self.branches.values()))
+        return continues_texts(self._default_first)
 
     def prompt(self, given: Any, *, rendered: bool) -> Any:
         """The prompt of an input.
@@ -103,12 +108,12 @@ class Chooser:
             rendered: whether it is that.
 
         Returns:
-            a prompt in kvroute's form, or the exception that stands in its way.
+            a text, messages, or the exception that stands in its way.
         """
         try:
             if not rendered and self.template is not None:
                 given = fill(self.template, given)
-            return as_prompt(given, text=self.text)
+            return as_messages(given, text=self.text)
         except Exception as error:  # noqa: BLE001 - costs the decision, not the answer
             return error
 
@@ -116,20 +121,19 @@ class Chooser:
         """Decide prompts, in one run.
 
         Args:
-            prompts: each in kvroute's form, or an exception.
+            prompts: each a text, messages, or an exception.
         """
-        good = [i for i, p in enumerate(prompts) if not isinstance(p, Exception)]
-        found: list[Any] = list(prompts)
         router: Any = None
         try:
             router = self.handle.get()
-            keep = self.continues(router.engine)
+            view = self.view(router.engine)
         except Exception as error:  # noqa: BLE001 - costs the decision, not the answer
-            found = [p if isinstance(p, Exception) else error for p in prompts]
-        else:
-            for i, one in zip(good, _each(router, [prompts[i] for i in good], keep), strict=True):
-                found[i] = one
-        return [self._chosen(router, one) for one in found]
+            return [self._chosen(router, p if isinstance(p, Exception) else error) for p in prompts]
+        found = [_seen(view, p) for p in prompts]
+        good = [i for i, p in enumerate(found) if not isinstance(p, Exception)]
+        for i, one in zip(good, _each(router, [found[i] for i in good], view), strict=True):
+            found[i] = one
+        return [self._chosen(router, one, keep=view.keep) for one in found]
 
     def forced(self, mode: Any) -> Chosen:
         """A branch that was demanded. Nothing is run for it.
@@ -142,16 +146,15 @@ class Chooser:
         decision = Decision(mode, why="forced")
         return Chosen(mode, decision, Usage(0, 0, 0, 0))
 
-    def continues(self, engine: Any) -> bool:
-        """Whether a chat model in a branch runs on this engine, so that it can go on from a decision's cache."""
+    def view(self, engine: Any) -> View:
+        """The prompt as a chat model sees it that a branch holds on this engine."""
         if self._engine is not engine:
             name = None if self.handle.name is None else self.handle.name.engine
-            nodes = [node for branch in self.branches.values() for node, _ in held(branch)]
-            self._continues = any(continues_on(node, engine, name) for node in nodes)
+            self._view = View.of(self._default_first, engine, name)
             self._engine = engine
-        return self._continues
+        return self._view
 
-    def _chosen(self, router: Any, found: Prefilled | Exception) -> Chosen:
+    def _chosen(self, router: Any, found: Prefilled | Exception, *, keep: bool = False) -> Chosen:
         if isinstance(found, Exception):
             branch = self.fallback(router)
             warn_once(f"no decision, so the branch {branch!r} is taken", found)
@@ -168,7 +171,7 @@ class Chooser:
             warn_once(f"no branch as chosen, so {branch!r} is taken", InvalidInputError(fault))
         if branch != decision.mode:
             decision = dataclasses.replace(decision, mode=branch)
-        handover = Handover(router.engine, found.prefix, decision) if self._continues else None
+        handover = Handover(router.engine, found.prefix, decision) if keep else None
         return Chosen(branch, decision, found.usage, handover)
 
     def fallback(self, router: Any) -> str:
@@ -177,16 +180,23 @@ class Chooser:
         return wanted if wanted in self.branches else list(self.branches)[-1]
 
 
-def _each(router: Any, prompts: list[Any], keep: bool) -> list[Prefilled | Exception]:
+def _seen(view: View, prompt: Any) -> Any:
+    try:
+        return prompt if isinstance(prompt, Exception) else view.prompt(prompt)
+    except Exception as error:  # noqa: BLE001 - costs the decision, not the answer
+        return error
+
+
+def _each(router: Any, prompts: list[Any], view: View) -> list[Prefilled | Exception]:
     """All in one run or, where that fails, each alone: a fault stays with its prompt."""
     if not prompts:
         return []
     try:
-        return list(router.prefill_many(prompts, keep=keep))
+        return list(router.prefill_many(prompts, template=view.template, keep=view.keep))
     except Exception as error:  # noqa: BLE001 - costs the decision, not the answer
         if len(prompts) == 1:
             return [error]
-    return [_each(router, [prompt], keep)[0] for prompt in prompts]
+    return [_each(router, [prompt], view)[0] for prompt in prompts]
 
 
 def _text(error: Exception) -> str:

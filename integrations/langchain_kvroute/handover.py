@@ -12,10 +12,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
-from langchain_core.language_models.chat_models import BaseChatModel
-
-from kvroute import Decision, EngineName, Prefix
-from langchain_kvroute.engine_fields import EngineFields
+from kvroute import Decision, Prefix
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,21 +47,3 @@ def handed_over(engine: Any) -> Handover | None:
     """What was offered to this engine, or None. A prompt that begins otherwise goes on from what it shares with it."""
     found = _current.get()
     return found if found is not None and found.engine is engine else None
-
-
-def continues_on(runnable: Any, engine: Any, name: EngineName | None = None) -> bool:
-    """Whether this is a chat model that takes up what is offered, and runs on this engine.
-
-    Args:
-        runnable: anything.
-        engine: of the router.
-        name: of that engine, where it was opened by name. No other engine is opened to find out.
-    """
-    if not isinstance(runnable, BaseChatModel):
-        return False
-    held: Any = runnable  # both: a chat model with an engine of kvroute's
-    if not isinstance(held, EngineFields):
-        return False
-    handle = held._state.handle
-    known = handle.opened or (name is not None and handle.name == name)
-    return known and handle.get() is engine

@@ -7,7 +7,7 @@ from typing import Any
 
 from langchain_core.language_models import BaseLanguageModel, BaseLLM
 from langchain_core.language_models.chat_models import BaseChatModel
-from langchain_core.messages import BaseMessage, convert_to_messages, convert_to_openai_messages
+from langchain_core.messages import BaseMessage, HumanMessage, convert_to_messages
 from langchain_core.prompt_values import PromptValue, StringPromptValue
 from langchain_core.prompts import BasePromptTemplate
 from langchain_core.runnables import Runnable, RunnableBinding, RunnableLambda, RunnableSequence
@@ -50,8 +50,8 @@ def fill(template: BasePromptTemplate[Any], given: Any) -> PromptValue:
     return template.format_prompt(**{template.input_variables[0]: given})
 
 
-def as_prompt(given: Any, *, text: bool) -> str | list[dict[str, Any]]:
-    """A prompt in kvroute's form.
+def as_messages(given: Any, *, text: bool) -> str | list[BaseMessage]:
+    """A prompt as a text or messages.
 
     Args:
         given: a text, a prompt value, one message, messages, or a dict with ``messages``.
@@ -65,20 +65,17 @@ def as_prompt(given: Any, *, text: bool) -> str | list[dict[str, Any]]:
     if text and isinstance(given, StringPromptValue):
         given = given.text
     if isinstance(given, str):
-        return given if text else [{"role": "user", "content": given}]
+        return given if text else [HumanMessage(given)]
     if isinstance(given, PromptValue):
-        messages = given.to_messages()
-    elif isinstance(given, BaseMessage):
-        messages = [given]
-    elif isinstance(given, Sequence):
-        messages = convert_to_messages(given)
-    else:
-        raise InvalidInputError(
-            f"An input of type {type(given).__name__} is no prompt, and no branch begins with a prompt template.",
-            hint="Pass prompt=: a template, or a function from the input to a text or messages.",
-        )
-    found = convert_to_openai_messages(messages)
-    return found if isinstance(found, list) else [found]
+        return given.to_messages()
+    if isinstance(given, BaseMessage):
+        return [given]
+    if isinstance(given, Sequence):
+        return convert_to_messages(given)
+    raise InvalidInputError(
+        f"An input of type {type(given).__name__} is no prompt, and no branch begins with a prompt template.",
+        hint="Pass prompt=: a template, or a function from the input to a text or messages.",
+    )
 
 
 def continues_texts(branches: Sequence[Runnable[Any, Any]]) -> bool:
