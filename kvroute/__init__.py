@@ -42,6 +42,8 @@ if TYPE_CHECKING:
     from kvroute.decisions import Decision, Routed, RoutedChunk, Switch
     from kvroute.drift import DriftHealth, DriftMonitor
     from kvroute.embedder import KVEmbedder
+    from kvroute.embedder_handle import EmbedderHandle
+    from kvroute.embedder_identity import EmbeddingIdentity
     from kvroute.engines.base import Engine
     from kvroute.engines.decoding import Prefix
     from kvroute.engines.handle import EngineHandle, EngineName
@@ -104,6 +106,8 @@ _LAZY = {
     "DifficultyHead": "kvroute.heads.head",
     "DriftHealth": "kvroute.drift",
     "DriftMonitor": "kvroute.drift",
+    "EmbedderHandle": "kvroute.embedder_handle",
+    "EmbeddingIdentity": "kvroute.embedder_identity",
     "Engine": "kvroute.engines.base",
     "EngineHandle": "kvroute.engines.handle",
     "EngineName": "kvroute.engines.handle",
@@ -186,6 +190,8 @@ __all__ = [
     "DifficultyHead",
     "DriftHealth",
     "DriftMonitor",
+    "EmbedderHandle",
+    "EmbeddingIdentity",
     "EmptyTextError",
     "Engine",
     "EngineHandle",
