@@ -17,6 +17,7 @@ if find_spec("langchain_core") is None:
 if TYPE_CHECKING:
     from langchain_kvroute.callback import SelfEvaluationCallbackHandler, SelfEvaluationRecord
     from langchain_kvroute.chat_model import ChatKVRoute
+    from langchain_kvroute.decisions import KVRouteDecisionModel
     from langchain_kvroute.embeddings import KVRouteEmbeddings
     from langchain_kvroute.evaluating import SelfEvaluation, self_evaluation
     from langchain_kvroute.metadata import KVRouteMetadata, kvroute_metadata
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 
 _LAZY = {
     "ChatKVRoute": "langchain_kvroute.chat_model",
+    "KVRouteDecisionModel": "langchain_kvroute.decisions",
     "KVRouteEmbeddings": "langchain_kvroute.embeddings",
     "KVRouteMetadata": "langchain_kvroute.metadata",
     "KVRouteRouter": "langchain_kvroute.router",
@@ -39,6 +41,7 @@ _LAZY = {
 
 __all__ = [
     "ChatKVRoute",
+    "KVRouteDecisionModel",
     "KVRouteEmbeddings",
     "KVRouteMetadata",
     "KVRouteRouter",

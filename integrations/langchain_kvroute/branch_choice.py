@@ -159,7 +159,7 @@ class Chooser:
             branch = self.fallback(router)
             warn_once(f"no decision, so the branch {branch!r} is taken", found)
             kind = "" if router is None else router.policy.kind
-            return Chosen(branch, Decision(branch, why="fault", policy=kind, fault=_text(found)))
+            return Chosen(branch, Decision(branch, why="fault", policy=kind, fault=fault_text(found)))
         decision = found.decision
         branch = decision.mode
         if decision.why == "fault":
@@ -199,5 +199,6 @@ def _each(router: Any, prompts: list[Any], view: View) -> list[Prefilled | Excep
     return [_each(router, [prompt], view)[0] for prompt in prompts]
 
 
-def _text(error: Exception) -> str:
+def fault_text(error: Exception) -> str:
+    """A fault in words, for a result; never for a log."""
     return str(error) if isinstance(error, KVRouteError) else f"{type(error).__name__}: {error}"

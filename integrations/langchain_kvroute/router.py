@@ -7,8 +7,7 @@ from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from functools import reduce
 from operator import or_
-from pathlib import Path
-from typing import Any, Literal, Self, TypedDict
+from typing import Any, Self, TypedDict
 from uuid import UUID
 
 from langchain_core.runnables import ConfigurableFieldSpec, Runnable, RunnableConfig, RunnableSerializable
@@ -21,16 +20,14 @@ from langchain_core.runnables.config import (
 )
 from langchain_core.runnables.graph import Graph
 from langchain_core.runnables.utils import AddableDict, Input, Output, get_unique_config_specs
-from langchain_core.utils import secret_from_env
-from pydantic import ConfigDict, Field, PrivateAttr, SecretStr, field_validator, model_validator
+from pydantic import ConfigDict, Field, PrivateAttr, field_validator, model_validator
 
-from kvroute import EngineName, InvalidInputError, Policy, Router
+from kvroute import InvalidInputError
 from langchain_kvroute.branch_choice import Chooser, Chosen, warn_once
-from langchain_kvroute.engine_fields import KEY_VARIABLE
 from langchain_kvroute.handover import hand_over
 from langchain_kvroute.metadata import KVRouteMetadata
 from langchain_kvroute.router_batch import abatch, batch
-from langchain_kvroute.router_handle import RouterHandle, RouterName
+from langchain_kvroute.router_fields import RouterFields
 
 MODE = "kvroute_mode"
 """What a config's ``configurable`` demands a branch by."""
@@ -45,7 +42,7 @@ class RoutedOutput(TypedDict):
     """The decision."""
 
 
-class KVRouteRouter(RunnableSerializable[Input, Output]):
+class KVRouteRouter(RouterFields, RunnableSerializable[Input, Output]):
     """Calls one of its branches, as :class:`~langchain_core.runnables.RunnableBranch` does; difficulty decides.
 
     A branch's run is a child run with the tags ``branch:<name>`` and ``kvroute:<name>`` and the metadata ``kvroute`` (a
@@ -67,8 +64,6 @@ class KVRouteRouter(RunnableSerializable[Input, Output]):
         pydantic.ValidationError: the arguments do not fit together.
     """
 
-    router: Any = Field(default=None, repr=False)
-    """A :class:`kvroute.Router`."""
     fast: Runnable[Any, Any] | None = None
     """For easy prompts."""
     slow: Runnable[Any, Any] | None = None
@@ -84,24 +79,6 @@ class KVRouteRouter(RunnableSerializable[Input, Output]):
     """Give a :class:`RoutedOutput` in place of the branch's output."""
     on_decision: Callable[[UUID, KVRouteMetadata], Any] | None = None
     """Called with the router's run id and each decision. What it raises is logged and costs nothing."""
-    model: str | None = None
-    """Without ``router``: hub id, folder or name; of a server, where its tokenizer is."""
-    kind: Literal["transformers", "vllm"] = "transformers"
-    """What runs a named model in this process; a server is told by ``base_url``."""
-    base_url: str | Sequence[str] | None = None
-    """Address of a vLLM server, or of several that serve the same model."""
-    served_model_name: str | None = None
-    """The model by the name that the server gives it; None takes its first."""
-    dtype: str = "auto"
-    """Of a named model in this process, such as ``float32``; ``auto`` takes the checkpoint's own."""
-    device: str | None = None
-    """Of a named transformers model; None takes a GPU if there is one."""
-    api_key: SecretStr | None = Field(default_factory=secret_from_env(KEY_VARIABLE, default=None))
-    """Of the server; by default that of the environment variable ``KVROUTE_API_KEY``. Pickles leave it out."""
-    policy: str | None = None
-    """Without ``router``: a policy's kind, ``.json`` file, name or JSON; a :class:`kvroute.Policy` is taken too."""
-    head: str | None = None
-    """Folder of the head; None takes the policy's."""
 
     model_config = ConfigDict(arbitrary_types_allowed=True, extra="forbid")
 
@@ -122,13 +99,6 @@ class KVRouteRouter(RunnableSerializable[Input, Output]):
     def _runnables(cls, given: Any) -> Any:
         return {name: coerce_to_runnable(r) for name, r in given.items()} if isinstance(given, Mapping) else given
 
-    @field_validator("policy", "head", "model", mode="before")
-    @classmethod
-    def _named(cls, given: Any) -> Any:
-        if isinstance(given, Policy):
-            return given.model_dump_json(exclude_defaults=True)
-        return str(given) if isinstance(given, Path) else given
-
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
         twice = [n for n in ("fast", "slow") if getattr(self, n) is not None and n in self.targets]
@@ -139,30 +109,15 @@ class KVRouteRouter(RunnableSerializable[Input, Output]):
             raise InvalidInputError("A router has at least two branches.", hint="Pass fast= and slow=.")
         if self.default is not None and self.default not in names:
             raise InvalidInputError(f"The default is one of the branches {names}, not {self.default!r}.")
-        self._chooser = Chooser(self._handle(names), self.branches, self.default)
-        return self
-
-    def _handle(self, names: list[str]) -> RouterHandle:
-        by_name = self.model is not None or self.base_url is not None
-        if (self.router is None) != by_name:
-            raise InvalidInputError("Give a router, or model= and policy= by name.")
+        if self.router is not None and self.model is not None:
+            raise InvalidInputError("A router has its engine, policy and head already.")
+        handle = self._router_handle([n for n in names if n not in ("fast", "slow")])
         if self.router is not None:
-            if self.policy is not None or self.head is not None:
-                raise InvalidInputError("A router has its policy and head already.")
-            if not isinstance(self.router, Router) and not hasattr(self.router, "prefill_many"):
-                raise InvalidInputError(f"A kvroute.Router decides, not a {type(self.router).__name__}.")
             missing = [t for t in self.router.policy.targets if t not in names]
             if missing:
                 raise InvalidInputError(f"The policy chooses among branches that are missing: {missing}.")
-            return RouterHandle(self.router)
-        if self.policy is None:
-            raise InvalidInputError("No policy was named.", hint="Pass policy=: a .json file, a name or a kind.")
-        urls = (self.base_url,) if isinstance(self.base_url, str) else tuple(self.base_url or ())
-        kind = "server" if urls else self.kind
-        engine = EngineName(self.model, kind, urls, self.dtype, self.device, self.served_model_name)
-        further = tuple(n for n in names if n not in ("fast", "slow"))
-        key = None if self.api_key is None else self.api_key.get_secret_value()
-        return RouterHandle(name=RouterName(engine, self.policy, self.head, further), api_key=key)
+        self._chooser = Chooser(handle, self.branches, self.default)
+        return self
 
     @property
     def branches(self) -> dict[str, Runnable[Any, Any]]:
@@ -174,25 +129,13 @@ class KVRouteRouter(RunnableSerializable[Input, Output]):
 
     def __deepcopy__(self, memo: dict[int, Any] | None = None) -> Self:
         memo = {} if memo is None else memo
-        for shared in (self.router, self.on_decision):  # an engine is not to be there twice
-            memo[id(shared)] = shared
+        memo[id(self.on_decision)] = self.on_decision
         return super().__deepcopy__(memo)
-
-    def __getstate__(self) -> dict[Any, Any]:
-        if self.router is not None:
-            self._chooser.handle.__reduce__()  # says what to do instead
-        state = super().__getstate__()
-        return state | {"__dict__": state["__dict__"] | {"api_key": None}}
 
     @classmethod
     def is_lc_serializable(cls) -> bool:
         """It is; one with a live router can be dumped, and not be loaded."""
         return True
-
-    @property
-    def lc_secrets(self) -> dict[str, str]:
-        """The key is not in what is dumped."""
-        return {"api_key": KEY_VARIABLE}
 
     # ------------------------------------------------------------------ schemas and graph
 
