@@ -9,9 +9,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, TypedDict
 
-from langchain_core.messages import AIMessage, BaseMessage, HumanMessage, convert_to_openai_messages
+from langchain_core.messages import AIMessage, BaseMessage, HumanMessage
 
 from kvroute import Evaluation, InvalidInputError, KVRouteError, SelfEvaluator
+from langchain_kvroute.messages import template_messages
 from langchain_kvroute.metadata import ScoreValue, kvroute_metadata
 
 logger = logging.getLogger(__name__)
@@ -198,7 +199,7 @@ def _probability(found: Any) -> float | None:
 
 
 def _row(answer: AIMessage, asked: Asked) -> tuple[Any, str]:
-    return asked if isinstance(asked, str) else convert_to_openai_messages(list(asked)), str(answer.text)
+    return asked if isinstance(asked, str) else template_messages(asked), str(answer.text)
 
 
 def _finish(answer: AIMessage) -> Any:
