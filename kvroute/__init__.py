@@ -80,6 +80,7 @@ if TYPE_CHECKING:
     from kvroute.self_evaluation import SelfEvaluator
     from kvroute.serving.client import VLLMClient
     from kvroute.serving.jobs import Decide
+    from kvroute.serving.wire import server_ask
     from kvroute.thinking import ThinkingMode
     from kvroute.token_weights import FrequencyTable
     from kvroute.voting import Sample, Voted
@@ -161,6 +162,7 @@ _LAZY = {
     "read_labels": "kvroute.label_rows",
     "quantile_thresholds": "kvroute.candidates",
     "run_candidate": "kvroute.candidates",
+    "server_ask": "kvroute.serving.wire",
     "train_head": "kvroute.heads.training",
 }
 
@@ -260,6 +262,7 @@ __all__ = [
     "quantile_thresholds",
     "read_labels",
     "run_candidate",
+    "server_ask",
     "train_head",
 ]
 

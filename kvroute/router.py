@@ -62,7 +62,8 @@ class Router(Chooser):
         thinking: how the model thinks; by default read from its chat template.
         targets: further models by the names that the policy's ``targets`` use; each a router or an engine. A prompt
             that goes to one of them costs its prefill here and is answered there.
-        confidence: a head trained with ``target="correct"``: every answer then carries its confidence.
+        confidence: a head trained with ``target="correct"``: every answer then carries its confidence. Over vLLM also
+            the name of one that the engine has loaded.
         drift: watches whether live requests look like the calibration rows; by default the policy file's.
         options: how answers are written, where a call does not say.
 
@@ -80,11 +81,19 @@ class Router(Chooser):
         head: DifficultyHead | str | Path | None = None,
         thinking: ThinkingMode | None = None,
         targets: Mapping[str, Answering] | None = None,
-        confidence: DifficultyHead | None = None,
+        confidence: DifficultyHead | str | None = None,
         drift: DriftMonitor | None = None,
         options: SamplingOptions | None = None,
     ) -> None:
         self.engine: TransformersEngine = cast(Any, engine)
+        self.served_confidence: str | None = None
+        if isinstance(confidence, str):
+            if not decides_inside(engine):
+                raise InvalidInputError(
+                    f"The confidence {confidence!r} is a name, and only vLLM's engines have heads by name.",
+                    hint="Pass confidence=DifficultyHead.load(FOLDER).",
+                )
+            self.served_confidence, confidence = confidence, None
         self.served: ServedPolicy | None = None
         folder = None
         if decides_inside(engine):

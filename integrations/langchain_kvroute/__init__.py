@@ -22,10 +22,12 @@ if TYPE_CHECKING:
     from langchain_kvroute.evaluating import SelfEvaluation, self_evaluation
     from langchain_kvroute.metadata import KVRouteMetadata, kvroute_metadata
     from langchain_kvroute.middleware import SelfEvaluationMiddleware
+    from langchain_kvroute.openai import ChatOpenAIKVRoute, kvroute_ask
     from langchain_kvroute.router import KVRouteRouter, RoutedOutput
 
 _LAZY = {
     "ChatKVRoute": "langchain_kvroute.chat_model",
+    "ChatOpenAIKVRoute": "langchain_kvroute.openai",
     "KVRouteDecisionModel": "langchain_kvroute.decisions",
     "KVRouteEmbeddings": "langchain_kvroute.embeddings",
     "KVRouteMetadata": "langchain_kvroute.metadata",
@@ -36,11 +38,13 @@ _LAZY = {
     "SelfEvaluationMiddleware": "langchain_kvroute.middleware",
     "SelfEvaluationRecord": "langchain_kvroute.callback",
     "self_evaluation": "langchain_kvroute.evaluating",
+    "kvroute_ask": "langchain_kvroute.openai",
     "kvroute_metadata": "langchain_kvroute.metadata",
 }
 
 __all__ = [
     "ChatKVRoute",
+    "ChatOpenAIKVRoute",
     "KVRouteDecisionModel",
     "KVRouteEmbeddings",
     "KVRouteMetadata",
@@ -50,6 +54,7 @@ __all__ = [
     "SelfEvaluationCallbackHandler",
     "SelfEvaluationMiddleware",
     "SelfEvaluationRecord",
+    "kvroute_ask",
     "kvroute_metadata",
     "self_evaluation",
 ]

@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 from kvroute import (
     AnswerPooling,
     CancelToken,
+    Decide,
     Decision,
     DifficultyHead,
     Generation,
@@ -50,7 +51,7 @@ class Asked:
         inside: whether the answer begins inside a thought, where no router says.
         reads_calls: whether tool calls are read.
         taken: the decision of a router before this model, whose mode this is.
-        head: tells a confidence where no router does.
+        head: tells a confidence where no router does; or the name of the engine's that does.
     """
 
     engine: Any
@@ -67,7 +68,7 @@ class Asked:
     hold: bool = False
     reads_calls: bool = False
     taken: Decision | None = None
-    head: DifficultyHead | None = None
+    head: DifficultyHead | str | None = None
 
     def fits(self, other: Asked) -> bool:
         """Whether both can be asked in one call of the engine."""
@@ -78,7 +79,7 @@ class Asked:
             and self.options == other.options
             and self.features == other.features
             and self.template == other.template
-            and self.head is other.head
+            and (self.head is other.head or self.head == other.head)
         )
 
     def _how(self, asked: Sequence[Asked], cancel: CancelToken) -> dict[str, Any]:
@@ -87,7 +88,9 @@ class Asked:
             how["prefix"] = self.prefix
         if self.router is not None:
             return {**how, "mode": [a.mode for a in asked], "template": self.template}
-        if self.head is not None:
+        if isinstance(self.head, str):
+            how["decide"] = Decide(confidence=self.head)
+        elif self.head is not None:
             how["features"] = {**_by_name(self.features), CONFIDENCE: AnswerPooling(self.head.spec)}
         return how
 
@@ -167,10 +170,15 @@ async def astream(asked: Asked) -> AsyncGenerator[Chunk]:
 # ---------------------------------------------------------------------- what came back
 
 
-def confidence_of(head: DifficultyHead | None, generation: Generation) -> tuple[Generation, float | None, str | None]:
+def confidence_of(
+    head: DifficultyHead | str | None, generation: Generation
+) -> tuple[Generation, float | None, str | None]:
     """An answer without the vector that its confidence was read from; the confidence in [0, 1], or None and why."""
     if head is None:
         return generation, None, "no confidence head was given"
+    if isinstance(head, str):
+        told = None if generation.served is None else generation.served.confidence
+        return (generation, None, "the engine told none") if told is None else (generation, told.value, told.reason)
     features, errors = dict(generation.features), dict(generation.feature_errors)
     vector, reason = features.pop(CONFIDENCE, None), errors.pop(CONFIDENCE, "the answer has no features")
     plain = replace(generation, features=features, feature_errors=errors)

@@ -52,7 +52,8 @@ class ChatKVRoute(EngineFields, BaseChatModel):
     mode: Literal["fast", "slow"] | None = None
     """Demand a mode; then nothing is decided."""
     confidence: DifficultyHead | str | Path | None = None
-    """Tells how likely an answer is right: a head trained with ``target="correct"``, or its folder."""
+    """Tells how likely an answer is right: a head trained with ``target="correct"``, or its folder; over vLLM also the
+    name of one that the engine has loaded."""
     features: Any = None
     """What else of the KV cache to give with every answer, as for :meth:`kvroute.TransformersEngine.generate`; such as
     ``"kv-coe"``."""
@@ -354,11 +355,14 @@ class ChatKVRoute(EngineFields, BaseChatModel):
 
         return self._state.kept("router", (self.policy, self.thinking, self.confidence), make)
 
-    def _head(self, engine: Any) -> DifficultyHead | None:
-        if self.confidence is None or isinstance(self.confidence, DifficultyHead):
-            return self.confidence
-        folder = self.confidence
-        return self._state.kept("head", folder, lambda: DifficultyHead.load(folder, engine.info))
+    def _head(self, engine: Any) -> DifficultyHead | str | None:
+        """What tells a confidence: a head, or the name of one of the engine's."""
+        given = self.confidence
+        if given is None or isinstance(given, DifficultyHead):
+            return given
+        if isinstance(given, str) and decides_inside(engine) and not Path(given).is_dir():
+            return given
+        return self._state.kept("head", given, lambda: DifficultyHead.load(given, engine.info))
 
     def _thinking(self, engine: Any) -> ThinkingMode | None:
         """How the model thinks, or None where that is not known or nothing marks it."""
