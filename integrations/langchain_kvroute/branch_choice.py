@@ -16,7 +16,7 @@ from langchain_core.prompts import BasePromptTemplate
 from langchain_core.runnables import Runnable
 
 from kvroute import Decision, InvalidInputError, KVRouteError, Prefilled, Usage
-from langchain_kvroute.continuing import View
+from langchain_kvroute.continuing import View, holds_chats
 from langchain_kvroute.handover import Handover
 from langchain_kvroute.metadata import KVRouteMetadata, of_decision
 from langchain_kvroute.rendering import as_messages, continues_texts, fill, template_of
@@ -100,6 +100,10 @@ class Chooser:
         """Whether a text stays one."""
         return continues_texts(self._default_first)
 
+    @cached_property
+    def _chats(self) -> bool:
+        return holds_chats(self._default_first)
+
     def prompt(self, given: Any, *, rendered: bool) -> Any:
         """The prompt of an input.
 
@@ -136,7 +140,7 @@ class Chooser:
         return [self._chosen(router, one, keep=view.keep) for one in found]
 
     def forced(self, mode: Any) -> Chosen:
-        """A branch that was demanded. Nothing is run for it.
+        """A branch that was demanded. Nothing is run for it; a chat model in it is told the mode.
 
         Raises:
             InvalidInputError: there is none of that name.
@@ -144,7 +148,14 @@ class Chooser:
         if mode not in self.branches:
             raise InvalidInputError(f"kvroute_mode is one of {list(self.branches)}, not {mode!r}.")
         decision = Decision(mode, why="forced")
-        return Chosen(mode, decision, Usage(0, 0, 0, 0))
+        handover = None
+        if self._chats:
+            try:
+                engine = self.handle.get().engine
+                handover = Handover(engine, None, decision) if self.view(engine).keep else None
+            except Exception as error:  # noqa: BLE001 - the branch is known all the same
+                warn_once("the router can't be opened", error)
+        return Chosen(mode, decision, Usage(0, 0, 0, 0), handover)
 
     def view(self, engine: Any) -> View:
         """The prompt as a chat model sees it that a branch holds on this engine."""

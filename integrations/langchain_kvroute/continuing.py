@@ -65,6 +65,11 @@ class View:
         return template_messages(messages, arguments_as_text=self.arguments_as_text)
 
 
+def holds_chats(branches: Iterable[Runnable[Any, Any]]) -> bool:
+    """Whether there is a chat model of kvroute's in branches, on whatever engine."""
+    return any(isinstance(node, ChatKVRoute) for branch in branches for node, _ in held(branch))
+
+
 def _runs_on(model: ChatKVRoute, engine: Any, name: EngineName | None) -> bool:
     """Whether it is on this engine. No other engine is opened to find out."""
     handle = model._state.handle

@@ -541,3 +541,15 @@ def test_the_cache_is_kept_only_for_a_model_on_the_same_engine(monkeypatch: pyte
     model = ChatKVRoute(engine=thinker.engine(), max_tokens=4)
     KVRouteRouter(thinker.router(), ASK | model, ASK | model.with_retry().with_config(tags=["x"])).invoke(INPUTS[0])
     assert kept == [False, True]
+
+
+def test_a_demanded_branch_tells_its_model_the_mode() -> None:
+    """Without a prefill: the model computes the prompt itself, in the mode that was demanded."""
+    model = ChatKVRoute(engine=thinker.engine(), max_tokens=160)
+    router = KVRouteRouter(thinker.router(), ASK | model, ASK | model)
+    for mode in ("fast", "slow"):
+        message = router.invoke(INPUTS[0], {"configurable": {"kvroute_mode": mode}})
+        assert message.response_metadata["kvroute"]["mode"] == mode
+        assert message.response_metadata["kvroute"]["decision"]["why"] == "forced"
+        assert message.response_metadata["kvroute"]["tokens"]["cached"] == 0
+        assert ("reasoning_content" in message.additional_kwargs) == (mode == "slow")
