@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 from collections.abc import AsyncGenerator, Callable, Generator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextvars import copy_context
@@ -79,7 +80,7 @@ class Asked:
             and self.options == other.options
             and self.features == other.features
             and self.template == other.template
-            and (self.head is other.head or self.head == other.head)
+            and (self.head is other.head or (isinstance(self.head, str) and self.head == other.head))
         )
 
     def _how(self, asked: Sequence[Asked], cancel: CancelToken) -> dict[str, Any]:
@@ -185,9 +186,10 @@ def confidence_of(
     if vector is None:
         return plain, None, reason
     try:
-        return plain, float(head.predict(vector[None])[0]), None
+        confidence = float(head.predict(vector[None])[0])
     except Exception as error:  # noqa: BLE001 - an answer is worth more than its confidence
         return plain, None, str(error) if isinstance(error, KVRouteError) else type(error).__name__
+    return (plain, confidence, None) if math.isfinite(confidence) else (plain, None, "the head gave NaN or infinity")
 
 
 def prompt_of(engine: Any, text: str) -> TokenIds:

@@ -49,6 +49,8 @@ class ChatKVRoute(EngineFields, BaseChatModel):
     policy: Policy | str | Path | None = None
     """Decides how hard to think: a :class:`kvroute.Policy`, the path of its file, or its name; over vLLM, that of one
     the engine has loaded. None decides nothing: the model thinks or not, as it likes."""
+    head: DifficultyHead | str | Path | None = None
+    """What the policy reads a difficulty with; by default the head that its file names."""
     mode: Literal["fast", "slow"] | None = None
     """Demand a mode; then nothing is decided."""
     confidence: DifficultyHead | str | Path | None = None
@@ -62,6 +64,8 @@ class ChatKVRoute(EngineFields, BaseChatModel):
     hold_back: bool = True
     """Whether a stream holds back an answer that a two-step policy may still break off to think. Otherwise it comes at
     once, and what was broken off stands before the answer."""
+    streaming: bool = False
+    """Whether calls that are not streamed come by way of a stream all the same, for handlers of new tokens."""
     max_tokens: int | None = None
     """At most so many tokens, thought and answer together; None takes kvroute's 256."""
     temperature: float | None = None
@@ -85,7 +89,7 @@ class ChatKVRoute(EngineFields, BaseChatModel):
     def _identifying_params(self) -> dict[str, Any]:
         shown = ("policy", "mode", "features", "thinking", "hold_back", "max_tokens", "temperature", "top_p", "seed")
         found = {name: plain(getattr(self, name)) for name in (*shown, "repetition_penalty", "stop")}
-        found["confidence"] = None if self.confidence is None else str(self.confidence)
+        found |= {name: None if (v := getattr(self, name)) is None else str(v) for name in ("head", "confidence")}
         found["model_name"] = self.known_name()
         found["engine"] = (
             "server" if self.base_url else self.kind if self.engine is None else type(self.engine).__name__
@@ -105,12 +109,12 @@ class ChatKVRoute(EngineFields, BaseChatModel):
     @property
     def lc_attributes(self) -> dict[str, Any]:
         """Fields as JSON has them."""
-        names = ("policy", "thinking", "confidence", "base_url", "stop")
+        names = ("policy", "head", "thinking", "confidence", "base_url", "stop")
         return {n: plain(v) for n in names if (v := getattr(self, n)) is not None}
 
     def to_json(self) -> Any:
         """As LangChain serialises it; a live engine, head or feature spec can't be."""
-        if self.engine is not None or isinstance(self.confidence, DifficultyHead):
+        if self.engine is not None or any(isinstance(h, DifficultyHead) for h in (self.head, self.confidence)):
             return self.to_json_not_implemented()
         return super().to_json()
 
@@ -346,16 +350,20 @@ class ChatKVRoute(EngineFields, BaseChatModel):
             inside = self._state.kept("inside", self.thinking, lambda: opens_thought(engine, thinking))
             if tools:
                 prompt = asking.prompt_of(engine, render(engine, prompt, tools))
-        return replace(asked, prompt=prompt, opening=opening, thinking=thinking, inside=inside, head=self._head(engine))
+        return replace(
+            asked, prompt=prompt, opening=opening, thinking=thinking, inside=inside, head=self._judge(engine)
+        )
 
     def _router(self, engine: Any) -> Router:
         def make() -> Router:
             policy = self.policy if self.policy is not None else "slow"
-            return Router(engine, policy, thinking=self.thinking, confidence=self._head(engine))
+            head = self.head if self.policy is not None else None
+            return Router(engine, policy, head=head, thinking=self.thinking, confidence=self._judge(engine))
 
-        return self._state.kept("router", (self.policy, self.thinking, self.confidence), make)
+        heads = [id(h) if isinstance(h, DifficultyHead) else h for h in (self.head, self.confidence)]
+        return self._state.kept("router", (self.policy, self.thinking, *heads), make)
 
-    def _head(self, engine: Any) -> DifficultyHead | str | None:
+    def _judge(self, engine: Any) -> DifficultyHead | str | None:
         """What tells a confidence: a head, or the name of one of the engine's."""
         given = self.confidence
         if given is None or isinstance(given, DifficultyHead):

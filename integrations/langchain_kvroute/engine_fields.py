@@ -35,6 +35,13 @@ class EngineState:
                 found = self._kept[name] = (key, make())
             return cast(T, found[1])
 
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, EngineState):
+            return NotImplemented
+        return self.handle is other.handle or (self.handle.name is not None and self.handle.name == other.handle.name)
+
+    __hash__ = None  # type: ignore[assignment]
+
     def __copy__(self) -> EngineState:
         return EngineState(self.handle)
 
@@ -64,6 +71,10 @@ class EngineFields(BaseModel):
     """The model by the name that the server gives it; None takes its first."""
     api_key: SecretStr | None = Field(default_factory=secret_from_env(KEY_VARIABLE, default=None))
     """Of the server; by default that of the environment variable ``KVROUTE_API_KEY``. Pickles leave it out."""
+    timeout: float | None = None
+    """Seconds until a server's answer must be there, or of a stream its next piece; None is 600."""
+    max_retries: int | None = None
+    """How often a request that a server did not answer is sent again; None is 3."""
     dtype: str = "auto"
     """Of a named model in this process, such as ``float32``; ``auto`` takes the checkpoint's own."""
     device: str | None = None
@@ -88,6 +99,10 @@ class EngineFields(BaseModel):
                 "Give an engine, or the name of a model (of a server, its base_url): one of them.",
                 hint='For example engine=engine, or model="smollm2".',
             )
+        if self.engine is not None and (self.timeout is not None or self.max_retries is not None):
+            raise InvalidInputError(
+                "A live engine has its timeouts and retries already.", hint="Give them to the VLLMClient."
+            )
         try:
             self._state = EngineState(EngineHandle(self.engine) if self.engine is not None else self._named())
         except KVRouteError as error:
@@ -102,6 +117,8 @@ class EngineFields(BaseModel):
             dtype=self.dtype,
             device=self.device,
             served=self.served_model_name,
+            timeout=self.timeout,
+            retries=self.max_retries,
         )
         return EngineHandle(name=name, api_key=None if self.api_key is None else self.api_key.get_secret_value())
 
