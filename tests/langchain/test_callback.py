@@ -17,10 +17,10 @@ from langchain_core.messages import AIMessage, HumanMessage
 from langchain_core.outputs import LLMResult
 from langchain_core.runnables import RunnableLambda
 from langchain_core.tools import tool
+from scripted_chat import ScriptedChat, StreamingChat, said
 
 from kvroute import InvalidInputError, SelfEvaluator, TransformersEngine
 from langchain_kvroute import SelfEvaluationCallbackHandler, SelfEvaluationRecord
-from scripted_chat import ScriptedChat, StreamingChat, said
 
 THINKER = Path(__file__).resolve().parents[2] / "examples" / "tiny_thinker"
 SECRET = "the vault opens with 4711"
@@ -78,7 +78,7 @@ def test_runs_are_found_by_the_run_that_the_user_started() -> None:
         """Asks a model."""
         return str(model.invoke(question).text)
 
-    chain = RunnableLambda(lambda q: model.invoke(q)) | RunnableLambda(lambda m: helper.invoke({"question": m.text}))
+    chain = RunnableLambda(model.invoke) | RunnableLambda(lambda m: helper.invoke({"question": m.text}))
     first, second = uuid4(), uuid4()
     chain.invoke("q", asked(handler, run_id=first))
     chain.invoke("q", asked(handler, run_id=second))

@@ -21,10 +21,10 @@ from langgraph.checkpoint.sqlite import SqliteSaver
 from langgraph.errors import GraphInterrupt
 from langgraph.types import Command, interrupt
 from pydantic import BaseModel
+from scripted_chat import ScriptedChat, said
 
 from kvroute import InvalidInputError
 from langchain_kvroute import SelfEvaluationMiddleware, self_evaluation
-from scripted_chat import ScriptedChat, said
 
 SECRET = "the vault opens with 4711"
 CALL = {"name": "add", "args": {"a": 1, "b": 2}, "id": "c1", "type": "tool_call"}
