@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
 
 from langchain_core.messages import AIMessage, AIMessageChunk, UsageMetadata
 from langchain_core.messages.ai import InputTokenDetails, OutputTokenDetails
@@ -17,6 +18,8 @@ if TYPE_CHECKING:
     from langchain_core.messages import ToolCallChunk
 
 PROVIDER = "kvroute"
+_marks: WeakKeyDictionary[Any, dict[tuple[str, str], tuple[list[int], list[int]]]] = WeakKeyDictionary()
+"""By engine the tokens that open and close a thought."""
 
 
 class MessageWriter:
@@ -152,12 +155,15 @@ def thought_tokens(asked: Asked, generation: Generation, *, inside: bool) -> int
     thinking = asked.thinking
     if thinking is None or not thinking.close:
         return None
-    try:
-        opening, closing = asked.engine.tokenize_texts(
-            [thinking.enter.strip(), thinking.close.strip()], special_tokens=False
-        )
-    except KVRouteError:
-        return None
+    marks = (thinking.enter.strip(), thinking.close.strip())
+    known = _marks.setdefault(asked.engine, {})
+    if marks not in known:  # tokenizing them takes longer than all else here
+        try:
+            opening, closing = asked.engine.tokenize_texts(list(marks), special_tokens=False)
+        except KVRouteError:
+            return None
+        known[marks] = (opening, closing)
+    opening, closing = known[marks]
     if len(opening) != 1 or len(closing) != 1:
         return None
     count = 0
