@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import faiss
+import llama_index.core
 import numpy as np
 import pytest
 from llama_index.core import Document, StorageContext, VectorStoreIndex, load_index_from_storage
@@ -191,7 +192,12 @@ def test_upserts_skip_what_is_there(documents: list[Document]) -> None:
 
 
 @pytest.mark.slow
-def test_parallel_workers_are_processes_and_their_cache_hits(documents: list[Document], tmp_path: Path) -> None:
+def test_parallel_workers_are_processes_and_their_cache_hits(
+    documents: list[Document], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # A pickled splitter looks for its tokenizer on the network, though llama-index-core brings it.
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(Path(llama_index.core.__file__).parent / "_static" / "tiktoken_cache"))
+
     def pipeline(**settings: Any) -> IngestionPipeline:
         embedding = thinker(index_folder=tmp_path / "store", **settings)
         return IngestionPipeline(transformations=[SentenceSplitter(), embedding], cache=cache)
