@@ -40,6 +40,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
     command = [sys.executable, "-m", "kvroute.cli", "serve", MODEL, "--name", "thinker", "--port", str(port)]
     command += ["--enforce-eager", "--max-model-len", "384", "--dtype", "float32", "--max-num-seqs", "8"]
     log = tmp_path_factory.mktemp("server") / "log"
+    # Embeddings of one name share a client; this one closes it.
     shared = KVRouteEmbeddings(base_url=f"http://127.0.0.1:{port}", api_key=KEY)  # type: ignore[arg-type]
     with (
         running([*command, "--api-key", KEY], port, log, patience=500) as it,
