@@ -154,7 +154,7 @@ class KVRouteEmbedding(BaseEmbedding):
             embed_batch_size=embed_batch_size,
             num_workers=num_workers,
             callback_manager=callback_manager or CallbackManager([]),
-            rate_limiter=rate_limiter,
+            **({} if rate_limiter is None else {"rate_limiter": rate_limiter}),  # llama-index-core 0.14.0 has none
         )
         self._embedder = handle
 
@@ -256,7 +256,11 @@ class KVRouteEmbedding(BaseEmbedding):
         name = self._given_name()
         if name is None and self._embedder.opened:
             name = self._embedder.get().engine.info.name
-        return {**super().to_payload(), "model_name": name or self.model_name}
+        return {
+            "class_name": self.class_name(),
+            "model_name": name or self.model_name,
+            "embed_batch_size": self.embed_batch_size,
+        }
 
     def to_dict(self, **kwargs: Any) -> dict[str, Any]:
         """Its settings, JSON-able, without the key; :meth:`from_dict` takes them.
@@ -294,7 +298,7 @@ class KVRouteEmbedding(BaseEmbedding):
     def __getstate__(self) -> dict[str, Any]:
         self._embedder.require_name()
         settings = {**self.__dict__, "model_name": self._given_name(), "api_key": None}
-        for name in ("callback_manager", "rate_limiter"):
+        for name in settings.keys() & {"callback_manager", "rate_limiter"}:
             try:
                 pickle.dumps(settings[name])
             except Exception as error:  # noqa: BLE001 - whatever its owner's __reduce__ raises
