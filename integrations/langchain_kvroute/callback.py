@@ -9,7 +9,7 @@ import logging
 import threading
 from collections import Counter, OrderedDict, deque
 from collections.abc import Callable
-from contextvars import ContextVar, Token
+from contextvars import ContextVar
 from dataclasses import asdict, dataclass, field
 from typing import Any, Self, TypedDict
 from uuid import UUID
@@ -98,6 +98,8 @@ class _Run:
 
 _watching: ContextVar[SelfEvaluationCallbackHandler | None] = ContextVar("kvroute_watching", default=None)
 register_configure_hook(_watching, inheritable=True)
+_outer: ContextVar[tuple[SelfEvaluationCallbackHandler | None, ...]] = ContextVar("kvroute_outer", default=())
+"""Whose ``with`` the present one stands in; of each thread and task its own."""
 
 
 class SelfEvaluationCallbackHandler(BaseCallbackHandler):
@@ -150,7 +152,6 @@ class SelfEvaluationCallbackHandler(BaseCallbackHandler):
         self._without: Counter[str] = Counter()
         self._answers = self._with = self._low = self._faults = 0
         self._sum = 0.0
-        self._entered: list[Token[SelfEvaluationCallbackHandler | None]] = []
         self._lock = threading.Lock()
 
     def __repr__(self) -> str:
@@ -200,11 +201,14 @@ class SelfEvaluationCallbackHandler(BaseCallbackHandler):
     def __enter__(self) -> Self:
         """What runs within is collected, in this thread and task and in those begun from them. Within another
         handler's ``with``, the inner one alone collects."""
-        self._entered.append(_watching.set(self))
+        _outer.set((*_outer.get(), _watching.get()))
+        _watching.set(self)
         return self
 
     def __exit__(self, *_: object) -> None:
-        _watching.reset(self._entered.pop())
+        *outer, before = _outer.get()
+        _outer.set(tuple(outer))
+        _watching.set(before)
 
     def __copy__(self) -> Self:
         return self

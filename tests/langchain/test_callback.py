@@ -243,6 +243,28 @@ async def test_within_a_with_everything_is_collected_once() -> None:
     assert (handler.summary()["answers"], inner.summary()["answers"]) == (3, 2)
 
 
+def test_threads_may_be_within_the_same_handler_at_once() -> None:
+    model = ScriptedChat(answers=lambda *_: said("a", 0.5))
+    handler, both = SelfEvaluationCallbackHandler(), threading.Barrier(2)
+    faults: list[Exception] = []
+
+    def work() -> None:
+        try:
+            with handler:
+                both.wait()
+                model.invoke("q")
+                both.wait()
+            model.invoke("q")
+        except Exception as error:
+            faults.append(error)
+
+    threads = [threading.Thread(target=work) for _ in range(2)]
+    [t.start() for t in threads]
+    [t.join() for t in threads]
+    assert not faults
+    assert handler.summary()["answers"] == 2
+
+
 def test_copies_of_a_chain_tell_the_same_handler() -> None:
     handler = SelfEvaluationCallbackHandler()
     chain = ScriptedChat(answers=lambda *_: said("a", 0.5)).with_config(callbacks=[handler])
