@@ -25,7 +25,8 @@ from langchain_kvroute.handover import handed_over
 from langchain_kvroute.message_writer import MessageWriter
 from langchain_kvroute.messages import template_messages, with_instruction
 from langchain_kvroute.structured_output import Method, structured
-from langchain_kvroute.tool_calls import Tool, ToolChoice, knows_tools, render, template_tools
+from langchain_kvroute.templates import has_tokenizer, knows_tools, opens_thought, render
+from langchain_kvroute.tool_calls import Tool, ToolChoice, template_tools
 
 
 class ChatKVRoute(EngineFields, BaseChatModel):
@@ -382,21 +383,6 @@ class ChatKVRoute(EngineFields, BaseChatModel):
                 return None
 
         return self._state.kept("thinking", self.thinking, find)
-
-
-def opens_thought(engine: Any, thinking: ThinkingMode | None) -> bool:
-    """Whether the chat template itself opens a thought at the end of a prompt."""
-    if thinking is None or not thinking.slow or not thinking.close or not has_tokenizer(engine):
-        return False
-    return render(engine, [{"role": "user", "content": "?"}], None).endswith(thinking.slow)
-
-
-def has_tokenizer(engine: Any) -> bool:
-    """Whether an engine tokenizes here."""
-    try:
-        return engine.tokenizer is not None
-    except KVRouteError:
-        return False
 
 
 def plain(value: Any) -> Any:

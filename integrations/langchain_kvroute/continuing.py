@@ -11,9 +11,10 @@ from langchain_core.runnables import Runnable
 
 from kvroute import EngineName
 from langchain_kvroute.call_options import CallOptions
-from langchain_kvroute.chat_model import ChatKVRoute, has_tokenizer
+from langchain_kvroute.chat_model import ChatKVRoute
 from langchain_kvroute.messages import template_messages, with_instruction
 from langchain_kvroute.rendering import held
+from langchain_kvroute.templates import has_tokenizer
 from langchain_kvroute.tool_calls import ToolChoice
 
 

@@ -13,11 +13,11 @@ from pydantic import ConfigDict, Field, PrivateAttr, model_validator
 
 from kvroute import Decision, InvalidInputError, KVRouteError, MissingExtraError, Usage
 from langchain_kvroute.branch_choice import fault_text, warn_once
-from langchain_kvroute.chat_model import has_tokenizer
 from langchain_kvroute.messages import template_messages
 from langchain_kvroute.rendering import as_messages
 from langchain_kvroute.router_fields import RouterFields
 from langchain_kvroute.router_handle import RouterHandle
+from langchain_kvroute.templates import has_tokenizer
 
 try:
     from langchain_core.decisions import (

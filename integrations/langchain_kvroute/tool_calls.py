@@ -16,11 +16,10 @@ from langchain_core.messages.tool import tool_call_chunk
 from langchain_core.tools import BaseTool
 from langchain_core.utils.function_calling import convert_to_openai_tool
 
-from kvroute import InvalidInputError, KVRouteError, UnsupportedModelError
+from kvroute import InvalidInputError
 from langchain_kvroute.thoughts import begun_mark
 
 OPENING, CLOSING = "<tool_call>", "</tool_call>"
-_PROBE = "kvroute_probe"
 
 Tool = dict[str, Any] | type | Callable[..., Any] | BaseTool
 
@@ -28,43 +27,6 @@ Tool = dict[str, Any] | type | Callable[..., Any] | BaseTool
 def template_tools(tools: Sequence[Tool]) -> list[dict[str, Any]]:
     """Tools as chat templates take them, in OpenAI's form."""
     return [convert_to_openai_tool(tool) for tool in tools]
-
-
-def knows_tools(engine: Any) -> bool:
-    """Whether an engine's chat template writes tools into the prompt.
-
-    Raises:
-        InvalidInputError: a client without a tokenizer.
-    """
-    function = {"name": _PROBE, "description": _PROBE, "parameters": {"type": "object", "properties": {}}}
-    try:
-        written = render(engine, [{"role": "user", "content": "?"}], [{"type": "function", "function": function}])
-    except UnsupportedModelError:
-        return False
-    return _PROBE in written
-
-
-def render(engine: Any, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] | None) -> str:
-    """The text of a chat, with tools, and the turn opened for the model.
-
-    Raises:
-        InvalidInputError: a client without a tokenizer.
-        UnsupportedModelError: there is no chat template, or it refuses the messages.
-    """
-    more = {} if tools is None else {"tools": list(tools)}
-    try:
-        return str(
-            engine.tokenizer.apply_chat_template(
-                [dict(m) for m in messages], tokenize=False, add_generation_prompt=True, **more
-            )
-        )
-    except KVRouteError:
-        raise
-    except Exception as error:
-        raise UnsupportedModelError(
-            f"The chat template refused the messages: {error}",
-            hint="Messages have roles that the template knows, and tools need one that takes them.",
-        ) from error
 
 
 class ToolChoice:

@@ -339,22 +339,25 @@ def sums(count: int) -> list[tuple[str, str]]:
 def test_a_tool_loop(thinker: TransformersEngine, fields: dict[str, Any]) -> None:
     chat = chat_of(thinker, **fields).bind_tools([calculator])
     right = 0
-    for question, result in sums(5):
+    for question, result in sums(6):
         messages: list[Any] = [HumanMessage(question)]
         called = chat.invoke(messages)
+        assert called.content == ""
+        streamed = summed(list(chat.stream(messages)))
+        same(streamed, called)
+        assert len(streamed.tool_call_chunks) == 1
+        if called.invalid_tool_calls:  # broken off in mid-call to think, the model loses the thread now and then
+            assert kvroute_metadata(called)["decision"]["switch"]  # type: ignore[index]
+            continue
         [call] = called.tool_calls
         assert call["name"] == "calculator"
-        assert called.content == ""
         said = calculator.invoke(call)
         assert isinstance(said, ToolMessage)
         assert said.content == result
         answer = chat.invoke([*messages, called, said])
         assert not answer.tool_calls
         right += result in answer.text
-        streamed = summed(list(chat.stream(messages)))
-        same(streamed, called)
-        assert len(streamed.tool_call_chunks) == 1
-    assert right >= 4  # the model repeats a result wrongly now and then
+    assert right >= 4  # and it repeats a result wrongly now and then
 
 
 def test_a_call_may_be_demanded_or_ruled_out(thinker: TransformersEngine) -> None:
@@ -528,38 +531,45 @@ def test_inputs_that_differ_are_asked_apart_and_concurrency_is_kept(
     assert counted.sizes == [5, 5]
 
 
-async def test_a_batch_that_is_cancelled_ends(thinker: TransformersEngine) -> None:
-    chat = chat_of(thinker, mode="slow", max_tokens=380, temperature=3.0, seed=1, stop=["never"])
-    running = asyncio.create_task(chat.abatch([q.question for q in QUESTIONS]))
-    await asyncio.sleep(0.3)
+async def test_a_batch_that_is_cancelled_ends(tiny_engine: TransformersEngine) -> None:
+    chat = chat_of(tiny_engine, max_tokens=3500)  # seconds
+    running = asyncio.create_task(chat.abatch(["the quick brown fox", "a language model"]))
+    while not working():
+        await asyncio.sleep(0.01)
     running.cancel()
     with pytest.raises(asyncio.CancelledError):
         await running
     end = time.monotonic() + 10
-    while any(t.name == "kvroute-batch" for t in threading.enumerate()):
+    while working():
         assert time.monotonic() < end
         await asyncio.sleep(0.02)
+
+
+def working() -> bool:
+    return any(t.name == "kvroute-batch" for t in threading.enumerate())
 
 
 # ---------------------------------------------------------------------- async, threads, loops
 
 
-async def test_a_cancelled_task_ends_the_work(thinker: TransformersEngine, monkeypatch: pytest.MonkeyPatch) -> None:
-    ended = threading.Event()
-    real = thinker.generate
+async def test_a_cancelled_task_ends_the_work(tiny_engine: TransformersEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    begun, ended = threading.Event(), threading.Event()
+    real = tiny_engine.generate
 
     def generate(*args: Any, **how: Any) -> Any:
+        begun.set()
         found = real(*args, **how)
         if found[0].finish_reason == "cancelled":
             ended.set()
         return found
 
-    monkeypatch.setattr(thinker, "generate", generate)
+    monkeypatch.setattr(tiny_engine, "generate", generate)
     for fields in ({}, {"mode": "slow"}):
+        begun.clear()
         ended.clear()
-        chat = chat_of(thinker, max_tokens=380, temperature=3.0, seed=1, **fields)
-        running = asyncio.create_task(chat.ainvoke(QUESTIONS[0].question))
-        await asyncio.sleep(0.15)
+        chat = chat_of(tiny_engine, max_tokens=3500, **fields)  # seconds
+        running = asyncio.create_task(chat.ainvoke("the quick brown fox"))
+        assert await asyncio.to_thread(begun.wait, 10)
         running.cancel()
         with pytest.raises(asyncio.CancelledError):
             await running

@@ -10,8 +10,9 @@ import pytest
 from langchain_core.messages import AIMessageChunk
 
 from kvroute import InvalidInputError, TransformersEngine
+from langchain_kvroute.templates import knows_tools
 from langchain_kvroute.thoughts import ThoughtReader
-from langchain_kvroute.tool_calls import ToolCallReader, ToolChoice, knows_tools, parsed_call, template_tools
+from langchain_kvroute.tool_calls import ToolCallReader, ToolChoice, parsed_call, template_tools
 
 
 def cut(text: str, rng: random.Random) -> list[str]:
