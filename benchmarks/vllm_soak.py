@@ -267,10 +267,12 @@ async def soak(url: str, cases: list[Case], arguments: argparse.Namespace, total
                     found.wrong[(*key, wrong)] += 1
 
         async def watch() -> None:
+            told = 0
             while True:
                 ended = sum(found.delivered.values()) + len(found.errors)
                 found.memory.append((ended, _resident(processes)))
-                if ended and ended // 1000 != (ended - 1) // 1000:
+                if ended // 1000 > told:
+                    told = ended // 1000
                     print(f"{ended} of {total}", file=sys.stderr)
                 await asyncio.sleep(1)
 

@@ -42,6 +42,8 @@ if TYPE_CHECKING:
     from kvroute.decisions import Decision, Routed, RoutedChunk, Switch
     from kvroute.drift import DriftHealth, DriftMonitor
     from kvroute.embedder import KVEmbedder
+    from kvroute.embedder_handle import EmbedderHandle
+    from kvroute.embedder_identity import EmbeddingIdentity
     from kvroute.engines.base import Engine
     from kvroute.engines.decoding import Prefix
     from kvroute.engines.handle import EngineHandle, EngineName
@@ -78,6 +80,7 @@ if TYPE_CHECKING:
     from kvroute.self_evaluation import SelfEvaluator
     from kvroute.serving.client import VLLMClient
     from kvroute.serving.jobs import Decide
+    from kvroute.serving.wire import server_ask
     from kvroute.thinking import ThinkingMode
     from kvroute.token_weights import FrequencyTable
     from kvroute.voting import Sample, Voted
@@ -104,6 +107,8 @@ _LAZY = {
     "DifficultyHead": "kvroute.heads.head",
     "DriftHealth": "kvroute.drift",
     "DriftMonitor": "kvroute.drift",
+    "EmbedderHandle": "kvroute.embedder_handle",
+    "EmbeddingIdentity": "kvroute.embedder_identity",
     "Engine": "kvroute.engines.base",
     "EngineHandle": "kvroute.engines.handle",
     "EngineName": "kvroute.engines.handle",
@@ -157,6 +162,7 @@ _LAZY = {
     "read_labels": "kvroute.label_rows",
     "quantile_thresholds": "kvroute.candidates",
     "run_candidate": "kvroute.candidates",
+    "server_ask": "kvroute.serving.wire",
     "train_head": "kvroute.heads.training",
 }
 
@@ -186,6 +192,8 @@ __all__ = [
     "DifficultyHead",
     "DriftHealth",
     "DriftMonitor",
+    "EmbedderHandle",
+    "EmbeddingIdentity",
     "EmptyTextError",
     "Engine",
     "EngineHandle",
@@ -254,6 +262,7 @@ __all__ = [
     "quantile_thresholds",
     "read_labels",
     "run_candidate",
+    "server_ask",
     "train_head",
 ]
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal, Self, overload
 import numpy as np
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from kvroute.engines.base import Engine, Vectors
+from kvroute.engines.base import Engine, Vectors, decides_inside
 from kvroute.errors import EmptyTextError, FileFormatError, InvalidInputError, SpecError, TextTooLongError
 from kvroute.files import read_json, write_json
 from kvroute.pooling import PoolingSpec
@@ -52,7 +52,7 @@ class KVEmbedder:
         prompts: texts put before the text, or around it where they hold ``{text}``, by name; ``encode_query`` uses
             ``query`` and ``encode_document`` uses ``document`` where they are given, as in sentence-transformers.
         frequencies: token frequencies for a spec with ``weights="sif"``; by default those that the tokenizer's
-            vocabulary suggests.
+            vocabulary suggests. vLLM weighs by these itself.
         postprocess: fitted post-processing; see :meth:`fit`.
         truncate: whether a text past the context is cut, or is an error.
 
@@ -86,7 +86,7 @@ class KVEmbedder:
             )
         if frequencies is not None:
             frequencies.require(engine.tokenizer)
-        elif self.spec.weights == "sif":
+        elif self.spec.weights == "sif" and not decides_inside(engine):  # such an engine weighs by itself
             frequencies = FrequencyTable.from_vocabulary(engine.tokenizer)
         self.frequencies = frequencies
         self._weights = frequencies.weights(self.spec.sif_a) if frequencies and self.spec.weights == "sif" else None

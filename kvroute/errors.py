@@ -130,10 +130,10 @@ class ConnectorMissingError(ServerError):
 class MissingExtraError(KVRouteError, ImportError):
     """A package of an optional extra is not installed."""
 
-    def __init__(self, package: str, extra: str) -> None:
+    def __init__(self, package: str, extra: str, *, hint: str | None = None) -> None:
         self.package = package
         self.extra = extra
         super().__init__(
             f"This needs the package {package}, which is not installed.",
-            hint=f"Install it with: pip install 'kvroute[{extra}]'",
+            hint=hint or f"Install it with: pip install 'kvroute[{extra}]'",
         )

@@ -39,6 +39,9 @@ def routed_answer(router: Router, request: Request, generation: Generation) -> R
     decision = request.decision
     confidence: float | None = None
     reason: str | None = None if router.confidence else "no confidence head was given"
+    if router.served_confidence is not None:
+        told = None if generation.served is None else generation.served.confidence
+        confidence, reason = (None, "the engine told none") if told is None else (told.value, told.reason)
     if router.confidence is not None:
         features, errors = dict(generation.features), dict(generation.feature_errors)
         vector, reason = features.pop(_CONFIDENCE, None), errors.pop(_CONFIDENCE, "the answer has no features")

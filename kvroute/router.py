@@ -62,7 +62,8 @@ class Router(Chooser):
         thinking: how the model thinks; by default read from its chat template.
         targets: further models by the names that the policy's ``targets`` use; each a router or an engine. A prompt
             that goes to one of them costs its prefill here and is answered there.
-        confidence: a head trained with ``target="correct"``: every answer then carries its confidence.
+        confidence: a head trained with ``target="correct"``: every answer then carries its confidence. Over vLLM also
+            the name of one that the engine has loaded.
         drift: watches whether live requests look like the calibration rows; by default the policy file's.
         options: how answers are written, where a call does not say.
 
@@ -80,11 +81,19 @@ class Router(Chooser):
         head: DifficultyHead | str | Path | None = None,
         thinking: ThinkingMode | None = None,
         targets: Mapping[str, Answering] | None = None,
-        confidence: DifficultyHead | None = None,
+        confidence: DifficultyHead | str | None = None,
         drift: DriftMonitor | None = None,
         options: SamplingOptions | None = None,
     ) -> None:
         self.engine: TransformersEngine = cast(Any, engine)
+        self.served_confidence: str | None = None
+        if isinstance(confidence, str):
+            if not decides_inside(engine):
+                raise InvalidInputError(
+                    f"The confidence {confidence!r} is a name, and only vLLM's engines have heads by name.",
+                    hint="Pass confidence=DifficultyHead.load(FOLDER).",
+                )
+            self.served_confidence, confidence = confidence, None
         self.served: ServedPolicy | None = None
         folder = None
         if decides_inside(engine):
@@ -210,10 +219,34 @@ class Router(Chooser):
         Raises:
             As :meth:`decide`.
         """
-        [request] = self._requests([prompt], mode, last, template)
+        requests = self._requests([prompt], mode, last, template)
         if self.served is not None:
             refuse(last=last, prefix=prefix)
-        return prefill(self, request, prefix)
+        return prefill(self, requests, prefix=prefix)[0]
+
+    def prefill_many(
+        self,
+        prompts: Sequence[Prompt],
+        *,
+        mode: str | Sequence[str | None] | None = None,
+        last: str | None = None,
+        template: Mapping[str, Any] | None = None,
+        keep: bool = True,
+    ) -> list[Prefilled]:
+        """:meth:`prefill` for many, in one run.
+
+        Args:
+            prompts, mode, last, template: as in :meth:`decide_many`.
+            keep: keep the caches. Otherwise it is what :meth:`decide_many` does, told with its tokens; nothing is run
+                for a prompt whose mode is demanded.
+
+        Raises:
+            As :meth:`decide`.
+        """
+        requests = self._requests(list(prompts), mode, last, template)
+        if self.served is not None:
+            refuse(last=last)
+        return prefill(self, requests, keep=keep)
 
     async def aprefill(self, prompt: Prompt, **kwargs: Any) -> Prefilled:
         """:meth:`prefill` in a thread."""

@@ -158,7 +158,7 @@ class Batch:
             if fixed is not None and thinking.in_question:  # the engine can't, and need not: it stands in the prompt
                 mode: Mode = "fast" if fixed == "fast" else "slow"
                 batch.prompts.append(TokenIds((*layout.base, *layout.suffix(mode))))
-                batch.decide.append(None)
+                batch.decide.append(None if router.served_confidence is None else Decide())
                 continue
             batch.prompts.append(TokenIds(tuple(layout.base)))
             if fixed is not None:
@@ -168,7 +168,14 @@ class Batch:
                 longest = max(len(layout.fast), len(layout.slow))
                 shadow = router.policy.shadow
                 batch.decide.append(Decide(policy=served.name, shadow=shadow, reserve=longest))
+        if router.served_confidence is not None:
+            batch.decide[:] = [d and replace(d, confidence=router.served_confidence) for d in batch.decide]
         return batch
+
+    def stands(self, index: int) -> bool:
+        """Whether the mode's tokens of a request stand in its prompt, so that the engine decides nothing."""
+        decide = self.decide[index]
+        return decide is None or (decide.mode is None and decide.policy is None)
 
     def options(self, options: SamplingOptions) -> SamplingOptions:
         """As the engine gets them: a stop text that a mode's own tokens hold is looked for here alone."""
@@ -183,7 +190,7 @@ class Batch:
         decision = self._decision(index, generation)
         request.decision = decision
         request.mode = "fast" if decision.final_mode == "fast" else "slow"
-        tail = Tail(router, request, options, behind=self.decide[index] is None)
+        tail = Tail(router, request, options, behind=self.stands(index))
         for token in generation.token_ids:
             tail.push(token)
         tail.settle()
@@ -233,7 +240,7 @@ class Batch:
                 decision.why = "policy"
             return decision
         fixed = request.forced or (policy.kind if policy.kind in _MODES else None)
-        if self.decide[index] is None and fixed is not None:
+        if self.stands(index) and fixed is not None:
             return Decision(fixed, why="forced" if request.forced else "policy", policy=policy.kind)
         fault = _SILENT if served is None or served.error is None else served.error
         if generation.finish_reason == "cancelled":
@@ -350,15 +357,15 @@ def served_decisions(router: Router, requests: list[Request]) -> list[Decision]:
     return [decision for decision, _ in _decided(router, requests)]
 
 
-def served_prefill(router: Router, request: Request) -> tuple[Decision, Usage]:
-    """What the engine decides about one prompt, and what that cost; its cache stays in the engine."""
-    [(decision, usage)] = _decided(router, [request])
-    return decision, Usage(usage.prompt, usage.cached, usage.prompt - usage.cached, 0)
+def served_prefills(router: Router, requests: Sequence[Request]) -> list[tuple[Decision, Usage]]:
+    """What the engine decides about prompts, and what that cost; their caches stay in the engine."""
+    found = _decided(router, list(requests))
+    return [(decision, Usage(u.prompt, u.cached, u.prompt - u.cached, 0)) for decision, u in found]
 
 
 def _decided(router: Router, requests: list[Request]) -> list[tuple[Decision, Usage]]:
     batch = Batch.of(router, requests)
-    decide = [None if d is None else replace(d, reserve=0) for d in batch.decide]
+    decide = [None if d is None else replace(d, reserve=0, confidence=None) for d in batch.decide]
     written = _engine(router).generate(
         batch.prompts, options=SamplingOptions(max_tokens=1), decide=decide, progress=False
     )
@@ -388,7 +395,7 @@ def served_pieces(
 
 def _pieces(batch: Batch, chunks: Iterator[Any], options: SamplingOptions) -> Iterator[RoutedChunk]:
     router, requests = batch.router, batch.requests
-    tails = [Tail(router, r, options, behind=d is None) for r, d in zip(requests, batch.decide, strict=True)]
+    tails = [Tail(router, r, options, behind=batch.stands(i)) for i, r in enumerate(requests)]
     phases = [_Phase(router, request) for request in requests]
     for chunk in chunks:
         i = chunk.index

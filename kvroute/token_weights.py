@@ -21,6 +21,8 @@ from kvroute.errors import FileFormatError, InvalidInputError, ModelMismatchErro
 from kvroute.files import read_tensors, write_tensors
 
 _KIND = "kvroute.frequencies"
+FROM_VOCABULARY = "the vocabulary's merges"
+"""Origin of a table that follows from the tokenizer alone."""
 _CHUNK = 4096
 _ZIPF_SHIFT = 2.7  # Mandelbrot's shift: keeps the first ranks from taking all the mass
 
@@ -88,7 +90,7 @@ class FrequencyTable:
         zipf /= zipf.sum()
         frequencies = np.full(_size(tokenizer), zipf[0])
         frequencies[merged] = zipf[: len(merged)]
-        return cls(frequencies, vocabulary_digest(tokenizer), "the vocabulary's merges")
+        return cls(frequencies, vocabulary_digest(tokenizer), FROM_VOCABULARY)
 
     def weights(self, a: float = 1e-3) -> np.ndarray[Any, np.dtype[np.float32]]:
         """SIF weight of every token, ``[vocab]`` float32 in (0, 1]: a / (a + p)."""

@@ -15,14 +15,49 @@ if find_spec("langchain_core") is None:
     raise MissingExtraError("langchain-core", "langchain")
 
 if TYPE_CHECKING:
+    from langchain_kvroute.callback import SelfEvaluationCallbackHandler, SelfEvaluationRecord
+    from langchain_kvroute.chat_model import ChatKVRoute
+    from langchain_kvroute.decisions import KVRouteDecisionModel
+    from langchain_kvroute.embeddings import KVRouteEmbeddings
+    from langchain_kvroute.evaluating import SelfEvaluation, self_evaluation
     from langchain_kvroute.metadata import KVRouteMetadata, kvroute_metadata
+    from langchain_kvroute.middleware import SelfEvaluationMiddleware
+    from langchain_kvroute.openai import ChatOpenAIKVRoute, kvroute_ask
+    from langchain_kvroute.router import KVRouteRouter, RoutedOutput
 
 _LAZY = {
+    "ChatKVRoute": "langchain_kvroute.chat_model",
+    "ChatOpenAIKVRoute": "langchain_kvroute.openai",
+    "KVRouteDecisionModel": "langchain_kvroute.decisions",
+    "KVRouteEmbeddings": "langchain_kvroute.embeddings",
     "KVRouteMetadata": "langchain_kvroute.metadata",
+    "KVRouteRouter": "langchain_kvroute.router",
+    "RoutedOutput": "langchain_kvroute.router",
+    "SelfEvaluation": "langchain_kvroute.evaluating",
+    "SelfEvaluationCallbackHandler": "langchain_kvroute.callback",
+    "SelfEvaluationMiddleware": "langchain_kvroute.middleware",
+    "SelfEvaluationRecord": "langchain_kvroute.callback",
+    "self_evaluation": "langchain_kvroute.evaluating",
+    "kvroute_ask": "langchain_kvroute.openai",
     "kvroute_metadata": "langchain_kvroute.metadata",
 }
 
-__all__ = ["KVRouteMetadata", "kvroute_metadata"]
+__all__ = [
+    "ChatKVRoute",
+    "ChatOpenAIKVRoute",
+    "KVRouteDecisionModel",
+    "KVRouteEmbeddings",
+    "KVRouteMetadata",
+    "KVRouteRouter",
+    "RoutedOutput",
+    "SelfEvaluation",
+    "SelfEvaluationCallbackHandler",
+    "SelfEvaluationMiddleware",
+    "SelfEvaluationRecord",
+    "kvroute_ask",
+    "kvroute_metadata",
+    "self_evaluation",
+]
 
 
 def __getattr__(name: str) -> Any:

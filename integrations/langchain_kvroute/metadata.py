@@ -8,7 +8,7 @@ from typing import Any, TypedDict
 
 from langchain_core.messages import BaseMessage
 
-from kvroute import Generation, Routed, Score
+from kvroute import Decision, Generation, Routed, Score, Usage
 
 KEY = "kvroute"
 
@@ -102,4 +102,21 @@ def of_served(result: Mapping[str, Any]) -> KVRouteMetadata:
         "features": dict(result.get("features") or {}),
         "tokens": tokens,
         "faults": faults,
+    }
+
+
+def of_decision(decision: Decision, usage: Usage | None) -> KVRouteMetadata:
+    """Of a decision that something else answers; ``tokens`` are those that deciding cost."""
+    return {
+        "difficulty": decision.difficulty,
+        "mode": decision.mode,
+        "decision": decision.to_dict(),
+        "confidence": None,
+        "confidence_reason": None,
+        "scores": {},
+        "features": {},
+        "tokens": {}
+        if usage is None
+        else {"prompt": usage.prompt, "cached": usage.cached, "computed": usage.computed, "answer": usage.generated},
+        "faults": [] if decision.fault is None else [decision.fault],
     }

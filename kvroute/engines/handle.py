@@ -29,6 +29,8 @@ class EngineName:
         dtype: as ``float32``; ``auto`` takes the checkpoint's own.
         device: for transformers; None takes a GPU if there is one.
         served: the model by the name that servers give it; None takes their first.
+        timeout: of servers, seconds until an answer must be there; None is the client's own.
+        retries: of servers, how often a request without an answer is sent again; None is the client's own.
     """
 
     model: str | None = None
@@ -37,12 +39,16 @@ class EngineName:
     dtype: str = "auto"
     device: str | None = None
     served: str | None = None
+    timeout: float | None = None
+    retries: int | None = None
 
     def __post_init__(self) -> None:
         if self.kind not in ("transformers", "vllm", "server"):
             raise InvalidInputError(f"An engine is transformers, vllm or server, not {self.kind!r}.")
         if (self.kind == "server") != bool(self.urls):
             raise InvalidInputError("A server has an address, and other engines have none.")
+        if self.kind != "server" and (self.timeout is not None or self.retries is not None):
+            raise InvalidInputError("Only servers have timeouts and retries.", hint="Leave them out, or name a server.")
         if self.kind != "server" and not self.model:
             raise InvalidInputError("No model was named.", hint="Name a hub id, a local folder, or 'smollm2'.")
 
@@ -136,7 +142,8 @@ def _new(name: EngineName, api_key: str | None) -> Any:
     if name.kind == "server":
         from kvroute.serving.client import VLLMClient
 
-        return VLLMClient(list(name.urls), model=name.served, tokenizer=name.model, api_key=api_key)
+        more = {n: v for n, v in (("timeout", name.timeout), ("retries", name.retries)) if v is not None}
+        return VLLMClient(list(name.urls), model=name.served, tokenizer=name.model, api_key=api_key, **more)  # type: ignore[arg-type]
     assert name.model is not None
     if name.kind == "vllm":
         from kvroute.engines.vllm_engine import VLLMEngine

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import queue
-import threading
 from collections.abc import AsyncIterator, Collection, Coroutine, Iterator, Sequence
 from concurrent.futures import CancelledError, Future
 from pathlib import Path
@@ -39,6 +38,7 @@ from kvroute.info import ModelInfo
 from kvroute.pooling import PoolingSpec
 from kvroute.progress import progress_bar
 from kvroute.serving.about import About
+from kvroute.serving.background import Background
 from kvroute.serving.jobs import Decide, Job, check_text
 from kvroute.serving.link import Link
 from kvroute.serving.wire import ask_for, seeds, with_more
@@ -61,7 +61,6 @@ class VLLMBase:
         name: the model's, for messages.
     """
 
-    _link: Link
     decides_inside = True
     """A :class:`~kvroute.Router` leaves decisions to the engine, which has policies of its own."""
 
@@ -71,23 +70,21 @@ class VLLMBase:
         self._tokenizer = tokenizer
         self._prompts = None if tokenizer is None else PromptTokenizer(tokenizer, name)
         self._sif: dict[float, Vectors] = {}
-        self._loop = asyncio.new_event_loop()
-        self._closed = False
-        self._thread = threading.Thread(target=self._loop.run_forever, name="kvroute-vllm", daemon=True)
-        self._thread.start()
+        self._background = Background(self)
+
+    @property
+    def _link(self) -> Link:
+        link = self._background.link
+        assert link is not None
+        return link
+
+    @_link.setter
+    def _link(self, link: Link) -> None:
+        self._background.link = link
 
     def close(self) -> None:
         """End requests in flight and let go of the engine. Closing twice does nothing."""
-        if self._closed:
-            return
-        self._closed = True
-        try:
-            if hasattr(self, "_link"):
-                asyncio.run_coroutine_threadsafe(self._link.close(), self._loop).result()
-        finally:
-            self._loop.call_soon_threadsafe(self._loop.stop)
-            self._thread.join()
-            self._loop.close()
+        self._background.close()
 
     def __enter__(self) -> Self:
         return self
@@ -494,10 +491,7 @@ class VLLMBase:
             raise
 
     def _submit(self, work: Coroutine[Any, Any, T]) -> Future[T]:
-        if self._closed or threading.current_thread() is self._thread:
-            work.close()
-            raise InvalidInputError("The client is closed.", hint="Make a new one.")
-        return asyncio.run_coroutine_threadsafe(work, self._loop)
+        return self._background.submit(work)
 
 
 def load_tokenizer(source: str | Path) -> Any:

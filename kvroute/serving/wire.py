@@ -17,6 +17,7 @@ from kvroute.serving.answers import Result
 from kvroute.serving.asks import KEY, Ask, PooledFeature, read_ask
 from kvroute.serving.config import ServingConfig
 from kvroute.serving.jobs import Decide, Job
+from kvroute.thinking import Mode
 
 _ABORTED: Final = frozenset({"abort", "error"})
 """Finish reasons of a server that gave a request up."""
@@ -56,6 +57,30 @@ def ask_for(features: Features, info: ModelInfo | None = None) -> Ask | None:
         return None
     config = ServingConfig(max_features=64)
     return read_ask({KEY: {"features": asked}}, config if info is None else config.for_model(info))
+
+
+def server_ask(
+    *,
+    policy: str | None = None,
+    features: Features = None,
+    mode: Mode | None = None,
+    confidence: str | None = None,
+    shadow: bool = False,
+) -> dict[str, Any]:
+    """What a request to a vLLM server asks of kvroute, for any client: its body's ``kv_transfer_params``.
+
+    Args:
+        policy: name of a policy that the server has; it decides how hard to think.
+        features: what else to give, as an engine takes it.
+        mode: ``fast`` or ``slow``; then nothing is decided.
+        confidence: name of a head that the server has.
+        shadow: decide, say so, and change nothing.
+
+    Raises:
+        SpecError, InvalidInputError: the server would refuse it. Names are the server's to check.
+    """
+    ask = with_more(ask_for(features), Decide(policy=policy, mode=mode, shadow=shadow, confidence=confidence), None)
+    return {KEY: {} if ask is None else ask.to_dict()}
 
 
 def with_more(ask: Ask | None, decide: Decide | None, answer_from: int | None) -> Ask | None:

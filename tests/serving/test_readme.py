@@ -1,4 +1,4 @@
-"""The README's section "Inside vLLM", and the demo: the server that it starts, and every block against that server."""
+"""The README's section "Inside vLLM", the demo and the stock client's example, against the server that it starts."""
 
 from __future__ import annotations
 
@@ -75,6 +75,14 @@ def test_the_demo(url, folder):
     assert "4 questions under the policy" in printed
     assert '"kv_transfer_params"' in printed
     assert "Embeddings" in printed
+
+
+def test_the_stock_clients_example(url, folder):
+    printed = run([str(ROOT / "examples" / "vllm_openai_client.py"), url], folder)
+    modes = re.findall(r"^ +\d+\.\d (fast|slow) +(\d+) tokens: \S", printed, re.MULTILINE)
+    assert len(modes) == 2, printed
+    assert re.search(r"kv_coe_r_token -?\d+\.\d{3}\n", printed)
+    assert re.search(r"\n  difficulty \d+\.\d, in the last chunk\nEmbeddings of \d+ numbers", printed)
 
 
 def test_the_engine_in_this_process(folder):

@@ -57,3 +57,14 @@ def test_names_survive_json():
         EngineHandle()
     with pytest.raises(ModelLoadError):
         EngineHandle(name=EngineName("/no/such/folder")).get()
+
+
+def test_only_servers_have_timeouts_and_retries(tiny_folder):
+    name = EngineName(kind="server", urls=("http://127.0.0.1:9",), timeout=7.0, retries=0)
+    assert EngineName.from_dict(name.to_dict()) == name
+    client = EngineHandle(name=name).get()
+    sender = client._sender
+    assert (sender._timeout, sender._attempts) == (7.0, 1)
+    client.close()
+    with pytest.raises(InvalidInputError, match="Only servers"):
+        EngineName(tiny_folder("llama"), timeout=7.0)

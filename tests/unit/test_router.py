@@ -865,3 +865,23 @@ def test_prefill_of_a_failing_head_takes_the_fallback_and_keeps_the_cache(engine
     assert "ZeroDivisionError" in kept.decision.fault
     assert kept.prefix is not None
     assert asyncio.run(r.aprefill(PROMPTS[0])).decision.why == "difficulty"
+
+
+@pytest.mark.parametrize("keep", [True, False])
+def test_prefill_many_is_prefill_for_each_in_one_run(engine, keep):
+    r = router(engine, Policy(tau=50.0), head=trained(engine, [10, 90, 20, 80, 30, 70]))
+    modes = [None, "fast", *[None] * 4]
+    found = r.prefill_many(PROMPTS, mode=modes, keep=keep)
+    for prompt, mode, one in zip(PROMPTS, modes, found, strict=True):
+        alone = r.prefill(prompt, mode=mode)
+        assert (one.decision.mode, one.decision.why) == (alone.decision.mode, alone.decision.why)
+        assert one.usage == alone.usage
+        assert (one.prefix is not None) == (keep and mode is None)
+        if mode is None:
+            assert one.decision.difficulty == pytest.approx(alone.decision.difficulty, abs=1e-3)
+        if one.prefix is not None:
+            on = r.generate(prompt, max_tokens=6, mode=one.decision.mode, prefix=one.prefix)
+            plain = r.generate(prompt, max_tokens=6, mode=one.decision.mode)
+            assert on.generation.token_ids == plain.generation.token_ids
+            assert on.usage.cached == one.usage.prompt - 1
+    assert r.prefill_many([], keep=keep) == []

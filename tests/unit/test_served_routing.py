@@ -22,6 +22,7 @@ from kvroute import (
     Routed,
     Router,
     SamplingOptions,
+    Score,
     ThinkingMode,
     TokenIds,
     TransformersEngine,
@@ -261,6 +262,39 @@ def test_what_is_the_engines_alone(deciding: Deciding, engine: TransformersEngin
             router.decide("a", **how)
     with pytest.raises(InvalidInputError, match="best_of"):
         router.best_of("a")
+
+
+@pytest.mark.parametrize("thinking", [PAIR, ThinkingMode.instructions()], ids=["tokens", "instructions"])
+def test_a_confidence_of_the_engines(
+    engine: TransformersEngine, routers: dict[str, Router], thinking: ThinkingMode
+) -> None:
+    """By the name of its head, in every mode, and the decisions are what they are without it."""
+
+    class Sure(Deciding):
+        names: list[str | None] = []  # noqa: RUF012
+
+        def one(self, prompt: TokenIds, options: SamplingOptions, decide: Any, features: Any) -> Generation:
+            self.names.append(decide.confidence)
+            if decide.mode is None and decide.policy is None:
+                return replace(super().one(prompt, options, None, features), served=Result(confidence=Score(0.75)))
+            found = super().one(prompt, options, decide, features)
+            assert found.served is not None
+            return replace(found, served=replace(found.served, confidence=Score(0.75)))
+
+    sure = Sure(engine, routers, thinking)
+    for policy in ("fast", "one") if thinking is PAIR else ("fast",):
+        router = Router(sure, policy, confidence="sure")  # type: ignore[arg-type]
+        plain = Router(Deciding(engine, routers, thinking), policy)  # type: ignore[arg-type]
+        asked = [[{"role": "user", "content": p}] for p in PROMPTS[:3]]
+        found = router.generate(asked, max_tokens=8)
+        for a, b in zip(found, plain.generate(asked, max_tokens=8), strict=True):
+            same(a, b)
+            assert (a.confidence, a.confidence_reason) == (0.75, None)
+            assert b.confidence is None
+        assert [c.routed.confidence for c in router.stream(asked, max_tokens=8) if c.routed] == [0.75] * 3
+    assert set(sure.names) == {"sure"}
+    with pytest.raises(InvalidInputError, match="heads by name"):
+        Router(engine, "fast", thinking=PAIR, confidence="sure")
 
 
 def test_a_confidence_is_read_here(engine: TransformersEngine, deciding: Deciding) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import builtins
+import gc
 import itertools
 import threading
 import time
@@ -705,3 +706,13 @@ def test_without_openai(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(builtins, "__import__", without)
     with pytest.raises(MissingExtraError, match="vllm-client"):
         VLLMClient("http://h")
+
+
+def test_a_client_that_nobody_holds_ends_its_thread(server: StandIn) -> None:
+    client = VLLMClient(server.url)
+    client.generate("hello", max_tokens=2)
+    thread = next(t for t in threading.enumerate() if t.name == "kvroute-vllm" and t is client._background._thread)
+    del client
+    gc.collect()
+    thread.join(10)
+    assert not thread.is_alive()
