@@ -4,8 +4,8 @@ Time of a kernel: launches * launch time + max(bytes / bandwidth, waves of progr
 program is a chain of loads that wait for each other, counted from the kernel's loops, each `LATENCY` long. Bytes:
 keys and values that are asked for, once (as `kernel_codegen.py` counts), with tables and partial rows. Time of a
 decode step: weights once, and the keys and values of all requests once, at the same bandwidth; so it is a lower bound
-of what a server needs, and shares are upper bounds. A prompt is pooled in the step that computed its last tokens, so its
-share of its own prefill is given, too. Nothing here was measured on a card.
+of what a server needs, and shares are upper bounds. A prompt is pooled in the step that computed its last tokens, so
+its share of its own prefill is given, too. Nothing here was measured on a card.
 
 Cases: pooling one prompt of that length; pooling those of all requests at once (a server admits far fewer in a step);
 pooling the last 64 tokens of every request (a checkpoint); the chain step with its sums by layer, for every request.

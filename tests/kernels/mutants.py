@@ -8,7 +8,6 @@ small as can be, so that all mutants take seconds; the tests beside this file co
 from __future__ import annotations
 
 import importlib.util
-import itertools
 import json
 import os
 import sys
@@ -154,7 +153,7 @@ MUTANTS = (
         "head = heads\n    mean",
     ),
     Mutant(HEAD, "at the threshold", "tl.where(score > threshold, 1, 0)", "tl.where(score >= threshold, 1, 0)"),
-    Mutant(HEAD, "infinity behind a zero", 'x = tl.where(tl.abs(x) < float("inf"), x, float("nan"))', "x = x"),
+    Mutant(HEAD, "infinity taken for a number", 'x = tl.where(tl.abs(x) < float("inf"), x, float("nan"))', "x = x"),
     Mutant(
         HEAD, "shares beyond the tile", "for low in range(0, used, BLOCK_S):", "for low in range(0, BLOCK_S, BLOCK_S):"
     ),
@@ -242,15 +241,16 @@ def head_cases(m: types.ModuleType) -> None:
     """What a wrong head gets wrong."""
     g = torch.Generator().manual_seed(2)
 
-    def head(dim: int, hidden: int, bias: float) -> MLPHead:
+    def head(dim: int, hidden: int, bias: float, above: float) -> MLPHead:
         made = [torch.randn(*s, generator=g) for s in ((dim,), (dim,), (hidden, dim), (hidden,), (hidden,))]
         made[1][0] = 0
-        return MLPHead(made[0], made[1], made[2] / dim, made[3], made[4] / hidden / 9, bias)  # clips nothing
+        return MLPHead(made[0], made[1], made[2] / dim, made[3] + above, made[4] / hidden / 9, bias)  # clips nothing
 
-    heads = [head(13, 9, 0.4), head(4, 1, 0.6)]
-    x = torch.randn(4, 13, generator=g)
-    x[3, 0] = float("inf")
-    which, at = [0, 1, 0, 0], [0.0, 0.0, 0.0, 0.0]
+    heads = [head(13, 9, 0.4, 0.0), head(4, 1, 0.6, 3.0)]
+    x = torch.randn(5, 13, generator=g)
+    x[3, 0] = float("nan")
+    x[4, 1] = torch.copysign(torch.tensor(torch.inf), heads[1].hidden_weight[0, 1] * heads[1].inverse[1])
+    which, at = [0, 1, 0, 0, 1], [0.0] * 5
     at[0] = float(difficulty_head_reference(x, heads, which, at).difficulty[0])
     found, wanted = m.difficulty_head_triton(x, heads, which, at), difficulty_head_reference(x, heads, which, at)
     torch.testing.assert_close(found.difficulty, wanted.difficulty, rtol=1e-5, atol=1e-3, equal_nan=True)
@@ -285,34 +285,49 @@ def planted(name: str, mutant: Mutant | None, folder: Path, number: int) -> type
     return module
 
 
-def caught_by(name: str, mutant: Mutant | None, folder: Path, number: int) -> str | None:
-    """What the cases said of it; None if they noticed nothing. In a process of its own: a mistake may read anywhere."""
-    said = folder / f"{number}.txt"
+def start(name: str, mutant: Mutant | None, folder: Path, number: int) -> int:
+    """Run the cases on it in a process of its own, for a mistake may read anywhere; it leaves a file if they
+    noticed."""
     child = os.fork()
     if child == 0:
         try:
             torch.manual_seed(0)
             CASES[name](planted(name, mutant, folder, number))
-        except BaseException as error:
-            said.write_text(f"{type(error).__name__}: {error}".strip().splitlines()[0][:100])
+        except BaseException as error:  # an error in the interpreter is a catch, too
+            (folder / f"{number}.txt").write_text(f"{type(error).__name__}: {error}".strip().splitlines()[0][:100])
         finally:
             os._exit(0)
-    _, status = os.waitpid(child, 0)
-    if os.WIFSIGNALED(status):
-        return f"signal {os.WTERMSIG(status)}"
-    return said.read_text() if said.exists() else None
+    return child
 
 
 def main() -> int:
     """0 if every mutant was caught, and nothing where none was planted."""
-    lines = []
-    numbers = itertools.count()
-    with tempfile.TemporaryDirectory() as folder:
-        for name in sys.argv[1:] or list(CASES):
-            for mutant in (None, *(m for m in MUTANTS if m.module == name)):
-                caught = caught_by(name, mutant, Path(folder), next(numbers))
-                lines.append({"module": name, "kind": mutant.kind if mutant else "no mutant", "caught": caught})
-                print(lines[-1], flush=True)
+    chosen = sys.argv[1:] or list(CASES)
+    jobs = [(name, mutant) for name in chosen for mutant in (None, *(m for m in MUTANTS if m.module == name))]
+    running: dict[int, int] = {}
+    caught: dict[int, str | None] = {}
+    with tempfile.TemporaryDirectory() as place:
+        folder = Path(place)
+
+        def finish() -> None:
+            child, status = os.wait()
+            number = running.pop(child)
+            said = folder / f"{number}.txt"
+            noticed = said.read_text() if said.exists() else None
+            caught[number] = f"signal {os.WTERMSIG(status)}" if os.WIFSIGNALED(status) else noticed
+
+        for number, (name, mutant) in enumerate(jobs):
+            if len(running) == (os.cpu_count() or 1):
+                finish()
+            running[start(name, mutant, folder, number)] = number
+        while running:
+            finish()
+    lines = [
+        {"module": name, "kind": mutant.kind if mutant else "no mutant", "caught": caught[number]}
+        for number, (name, mutant) in enumerate(jobs)
+    ]
+    for line in lines:
+        print(line)
     print(json.dumps(lines))
     return 0 if all((line["caught"] is None) == (line["kind"] == "no mutant") for line in lines) else 1
 
