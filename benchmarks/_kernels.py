@@ -112,7 +112,8 @@ def launches_of(op: str, view: KVView | None = None, **asked: Any) -> list[Launc
             state = ChainTensors.empty(view.num_sequences, width)
             chain = PagedChain(CPU)
             start = asked.get("start", [n - 1 for n in view.host_lengths])
-            chain.stage(view, list(range(view.num_sequences)), start, view.host_lengths, list(view.layers), state)
+            rows, sums = list(range(view.num_sequences)), bool(asked.get("sums"))
+            chain.stage(view, rows, start, view.host_lengths, list(view.layers), state, sums=sums)
             chain.launch(state)
         else:
             dim, hidden = asked.get("dim", 4096), asked.get("hidden", 512)
@@ -179,9 +180,14 @@ def compile_launch(launch: Launch, target: str) -> Code:
             signature[param.name] = "constexpr"
         else:
             signature[param.name] = "*" + _TYPES[value.dtype] if isinstance(value, torch.Tensor) else "i32"
+    options = {name: value for name, value in launch.options.items() if cuda or name != "maxnreg"}
+    if launch.name == "chain_step_kernel":
+        from kvroute_kernels.chain_step_triton import warps_of
+
+        options["num_warps"] = warps_of(launch.constants, gpu.warp_size)
     source = ASTSource(fn=launch.kernel, signature=signature, constexprs=dict(launch.constants))
     try:
-        made = triton.compile(source, target=gpu, options=dict(launch.options))
+        made = triton.compile(source, target=gpu, options=options)
     except Exception as error:  # noqa: BLE001 - printed in the table
         return Code(error=str(error).strip().splitlines()[-1][:120])
     return _nvidia(made, gpu.arch) if cuda else _amd(made)
@@ -205,6 +211,7 @@ def _nvidia(made: Any, arch: int) -> Code:
         command = [
             get_ptxas(arch).path,
             "-v",
+            "--regAllocOptLevel=2",  # as Triton calls it
             *fused,
             f"--gpu-name={found[1]}",
             path,
@@ -232,7 +239,8 @@ def _amd(made: Any) -> Code:
             r"\.(vgpr_count|vgpr_spill_count|sgpr_spill_count|private_segment_fixed_size):\s+(\d+)", text
         )
     }
-    spills = 4 * (numbers["vgpr_spill_count"] + numbers["sgpr_spill_count"]) + numbers["private_segment_fixed_size"]
+    # Scalar registers that are kept in lanes of vector registers touch no memory, and have no private segment.
+    spills = 4 * numbers["vgpr_spill_count"] + numbers["private_segment_fixed_size"]
     widths = {
         "ubyte": 1,
         "sbyte": 1,

@@ -27,22 +27,22 @@ FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 def cases(quick: bool) -> list[tuple[str, Launch]]:
     """Launches by what they are: every kernel, every dtype, every way it is compiled."""
     found: list[tuple[str, Launch]] = []
-    dtypes = [torch.bfloat16] if quick else [torch.bfloat16, torch.float16, torch.float32, *FLOAT8]
-    for dtype in dtypes:
-        name = str(dtype).removeprefix("torch.")
-        for size in (128,) if quick else (64, 128):
-            for beside in (True,) if quick else (True, False):
-                view = meta_view([600, 3], layers=4, heads=2, size=size, dtype=dtype, beside=beside)
-                label = f"{name}, head size {size}{'' if beside else ', any strides'}"
-                first = launches_of("paged_pool", view)
-                found.append((label, first[0]))
-                if beside and not quick:
-                    weighted = launches_of("paged_pool", view, weights=[torch.ones(600), torch.ones(3)])
-                    found.append((f"{label}, weighted", weighted[0]))
-                chain = launches_of("chain_step", view, start=[500, 2])
-                found.append((label, chain[0]))
-                if len(found) in (2, 3):
-                    found += [("", first[1]), ("", chain[1])]
+    wanted = [(torch.bfloat16, 128, True)]
+    if not quick:
+        wanted += [(torch.bfloat16, 64, True), (torch.bfloat16, 128, False), (torch.float16, 128, True)]
+        wanted += [(dtype, size, True) for dtype in (torch.float32, *FLOAT8) for size in (64, 128)]
+    for dtype, size, beside in wanted:
+        view = meta_view([600, 3], layers=4, heads=2, size=size, dtype=dtype, beside=beside)
+        label = f"{str(dtype).removeprefix('torch.')}, head size {size}{'' if beside else ', any strides'}"
+        pool, chain = launches_of("paged_pool", view), launches_of("chain_step", view, start=[500, 2])
+        if not found:
+            found += [("", pool[1]), ("", chain[1])]
+            if not quick:
+                weights = [torch.ones(600), torch.ones(3)]
+                found.append((f"{label}, weighted", launches_of("paged_pool", view, weights=weights)[0]))
+                sums = launches_of("chain_step", view, start=[599, 2], sums=True)
+                found.append((f"{label}, with sums", sums[0]))
+        found += [(label, pool[0]), (label, chain[0])]
     found += [("", launch) for launch in launches_of("difficulty_head")]
     return found
 

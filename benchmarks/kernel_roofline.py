@@ -92,11 +92,9 @@ def pooling(card: Card, model: Model, resident: int, requests: int, tokens: int,
 
 def chains(card: Card, model: Model, resident: int, requests: int) -> float:
     """The chain step of one new token of each request, with its sums by layer, which are written in float32."""
-    from kvroute_kernels.chain_step_triton import BLOCK_L
-
     width = model.heads * model.size * 2
     data = requests * (model.token + width * 4 * 3 + model.layers * width * 4)
-    pieces = 2 * model.heads * math.ceil(model.layers / BLOCK_L)
+    pieces = 2 * model.heads * math.ceil(model.layers / 32)
     return seconds(card, 1, data, requests, resident, 4 + 3 * pieces)
 
 

@@ -34,15 +34,19 @@ from kvroute_kernels.chain_step import ChainSteps, ChainTensors
 from kvroute_kernels.checks import check_held, check_ranges, check_states
 from kvroute_kernels.paged_pool_triton import paged_pool_triton
 from kvroute_kernels.planes import Planes, planes_of
-from kvroute_kernels.reading_triton import TRITON_DTYPES, load_numbers, needs_e4m3_bits
+from kvroute_kernels.reading_triton import TRITON_DTYPES, at_most, load_numbers, needs_e4m3_bits
 from kvroute_kernels.view import KVView, KVViewError
 
 RUN = 32
 """New tokens that one program takes."""
-BLOCK_L, BLOCK_F = 32, 256
-"""Layers of a tile; numbers of a tile of the second launch."""
-WARPS = 8
-"""Of a program: there are as few programs as requests. With 4 the compiler spills."""
+BLOCK_F = 256
+"""Numbers of a tile of the second launch."""
+TILE_BYTES, BLOCK_L_STRIDED = 8192, 8
+"""Bytes of a tile of some layers of one token; layers of a tile where entries are read one by one."""
+WARPS, REGISTERS = 8, 128
+"""Of a program, for there are as few programs as requests (fewer where a tile has no 16 bytes for each thread); of a
+thread.
+"""
 
 
 @triton.jit
@@ -173,6 +177,9 @@ def chain_step_kernel(
         moved = tl.zeros([RUN], tl.float64)
         norms = tl.zeros([RUN], tl.float64)
         norms_before = tl.zeros([RUN], tl.float64)
+        if VECTOR:
+            width = tl.multiple_of(width, 128 // DTYPE.primitive_bitwidth)
+            sums = tl.multiple_of(sums, 16)
         key_size = tl.load(planes + 5)
         value_size = tl.load(planes + layers * 16 + 5)
         for piece in range(0, heads * (key_chunks + value_chunks)):
@@ -397,6 +404,7 @@ class PagedChain:
         self._room = room
         self._planes: Planes | None = None
         self._e4m3_bits = needs_e4m3_bits(device)
+        self._threads = 64 if torch.version.hip else 32  # of a warp
         self._counts: list[int] = []
         self._items = self._joins = self._layers = 0
         self._sums = False
@@ -459,13 +467,14 @@ class PagedChain:
         assert self._planes is not None
         p = self._planes
         bits = self._e4m3_bits and p.dtype == torch.float8_e4m3fn
+        block = 64 if max(p.sizes) <= 64 else 128
         return {
             "DTYPE": tl.uint8 if bits else TRITON_DTYPES[p.dtype],
             "E4M3_BITS": bits,
             "VECTOR": p.vector,
             "SUMS": self._sums,
-            "BLOCK_L": BLOCK_L,
-            "BLOCK_D": 64 if max(p.sizes) <= 64 else 128,
+            "BLOCK_L": min(TILE_BYTES // (block * p.dtype.itemsize), 32) if p.vector else BLOCK_L_STRIDED,
+            "BLOCK_D": block,
             "RUN": RUN,
         }
 
@@ -490,7 +499,8 @@ class PagedChain:
             *chunks,
             self.width,
             **constants,
-            num_warps=WARPS,
+            num_warps=warps_of(constants, self._threads),
+            **at_most(REGISTERS),
             enable_fp_fusion=False,
         )
         self.launches += 1
@@ -523,6 +533,14 @@ class PagedChain:
         """The last launch's steps, copied."""
         rows = self.rows()
         return ChainSteps(list(self._counts), rows[:, 0].float(), rows[:, 1].float(), rows[:, 2:].clone())
+
+
+def warps_of(constants: dict[str, Any], threads: int) -> int:
+    """Warps of ``threads`` threads for a program, so that each thread has 16 bytes of a tile or more."""
+    if not constants["VECTOR"]:
+        return WARPS
+    tile = constants["BLOCK_L"] * constants["BLOCK_D"] * constants["DTYPE"].primitive_bitwidth // 8
+    return int(max(1, min(WARPS, tile // 16 // threads)))
 
 
 def chain_items(

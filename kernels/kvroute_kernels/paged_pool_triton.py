@@ -34,7 +34,7 @@ from kvroute_kernels.buffers import Buffers
 from kvroute_kernels.checks import check_held, check_ranges
 from kvroute_kernels.paged_pool import PooledSums
 from kvroute_kernels.planes import Planes, planes_of
-from kvroute_kernels.reading_triton import TRITON_DTYPES, load_numbers, needs_e4m3_bits
+from kvroute_kernels.reading_triton import TRITON_DTYPES, at_most, load_numbers, needs_e4m3_bits
 from kvroute_kernels.view import KVView, KVViewError
 
 SPLIT = 256
@@ -157,8 +157,9 @@ def paged_pool_join_kernel(
 
 
 BLOCK_ELEMENTS = 4096
-"""Numbers of a program's tile."""
-WARPS = 4
+"""Numbers of a program's tile; a quarter where entries are read one by one and each has its address."""
+WARPS, REGISTERS = 4, 112
+"""Of a program; of a thread, where the compiler would spill to have more programs."""
 
 
 def paged_pool_triton(
@@ -198,7 +199,7 @@ class Variant:
             "E4M3_BITS": bits,
             "VECTOR": self.vector,
             "WEIGHTED": self.weighted,
-            "BLOCK_T": BLOCK_ELEMENTS // self.block_d,
+            "BLOCK_T": (BLOCK_ELEMENTS if self.vector else BLOCK_ELEMENTS // 4) // self.block_d,
             "BLOCK_D": self.block_d,
         }
 
@@ -303,6 +304,7 @@ class PagedPool:
             chunks,
             self.width,
             **variant.constants(self._e4m3_bits),
+            **(at_most(REGISTERS) if variant.weighted or not variant.vector else {}),
             num_warps=WARPS,
             enable_fp_fusion=False,
         )

@@ -21,6 +21,12 @@ def needs_e4m3_bits(device: torch.device) -> bool:
     return device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device) < (8, 9)
 
 
+def at_most(registers: int) -> dict[str, int]:
+    """Compiler option: registers a thread. ptxas otherwise aims at an occupancy of its own and spills to reach it;
+    AMD's compiler has no such option and needs none."""
+    return {} if torch.version.hip else {"maxnreg": registers}
+
+
 @triton.jit
 def load_numbers(pointers, mask, E4M3_BITS: tl.constexpr):
     """Numbers of the cache in float32; 0 where masked."""

@@ -18,8 +18,8 @@ finally:
         os.environ["TRITON_INTERPRET"] = _before
 
 SMALL = (
-    (paged_pool_triton, {"SPLIT": 16, "BLOCK_ELEMENTS": 256, "JOIN_T": 2, "JOIN_D": 64}),
-    (chain_step_triton, {"RUN": 4, "BLOCK_L": 4, "BLOCK_F": 32}),
+    (paged_pool_triton, {"SPLIT": 16, "BLOCK_ELEMENTS": 512, "JOIN_T": 2, "JOIN_D": 64}),
+    (chain_step_triton, {"RUN": 4, "TILE_BYTES": 1024, "BLOCK_L_STRIDED": 4, "BLOCK_F": 32}),
     (difficulty_head_triton, {"BLOCK_H": 4, "BLOCK_K": 16, "BLOCK_SHARES": 4}),
 )
 

@@ -32,8 +32,8 @@ from tests.kernels.caches import bytes_within, random_view, recorded
 CPU = torch.device("cpu")
 SOURCES = Path(kvroute_kernels.__file__).parent
 BLOCKS = {
-    "paged_pool_triton": {"SPLIT": 8, "BLOCK_ELEMENTS": 256, "JOIN_T": 2, "JOIN_D": 16},
-    "chain_step_triton": {"RUN": 2, "BLOCK_L": 2, "BLOCK_F": 8},
+    "paged_pool_triton": {"SPLIT": 8, "BLOCK_ELEMENTS": 512, "JOIN_T": 2, "JOIN_D": 16},
+    "chain_step_triton": {"RUN": 2, "TILE_BYTES": 512, "BLOCK_L_STRIDED": 2, "BLOCK_F": 8},
     "difficulty_head_triton": {"BLOCK_H": 2, "BLOCK_K": 8, "BLOCK_SHARES": 2},
 }
 

@@ -122,8 +122,11 @@ def test_layers_of_several_allocations_and_tables_are_one_launch() -> None:
 
 def test_a_batch_of_1024() -> None:
     lengths = [i % 3 for i in range(1024)]
-    view = random_view(lengths, layers=1, heads=1, size=2, page=1)
-    assert_same(view, [0] * 1024, lengths, part="k")
+    keys = torch.randn(1, 1024, 1, 2, 2)
+    found = paged_pool(KVView.from_contiguous(keys, keys, lengths), part="k", backend="interpret")
+    held = torch.arange(2) < torch.tensor(lengths)[:, None]
+    torch.testing.assert_close(found.keys[:, 0, 0], (keys[0, :, 0] * held[..., None]).sum(1))
+    assert found.weight.tolist() == lengths
 
 
 def test_kernel_blocks_are_half_an_engines_block() -> None:
@@ -154,7 +157,7 @@ def test_the_same_bits_on_every_run_and_in_every_batch(dtype: torch.dtype) -> No
 
 def test_128k_tokens_in_bfloat16_stay_near_float64(monkeypatch: pytest.MonkeyPatch) -> None:
     """With the blocks that a GPU runs with. A mean that is small beside what is added makes rounding show."""
-    for name, value in (("SPLIT", 512), ("BLOCK_ELEMENTS", 4096), ("JOIN_T", 16)):
+    for name, value in (("SPLIT", 256), ("BLOCK_ELEMENTS", 4096), ("JOIN_T", 16)):
         monkeypatch.setattr(kernels, name, value)
     g = torch.Generator().manual_seed(0)
     x = (torch.randn(1, 1, 1, 131072, 8, generator=g) + 0.01).bfloat16()
