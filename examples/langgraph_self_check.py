@@ -5,8 +5,7 @@ answered and doubted stands in the checkpoints, so that it goes on where it was 
 
 The node ``answer`` is a KVRouteRouter: the prompt's difficulty picks the branch that answers at once or the one that
 thinks. ``check`` looks at the confidence; an answer below --threshold is thought about once more.
-It prints the nodes that ran and the answer. With ``--die`` the process ends hard before ``check``; without it, the
-same words go on from there.
+It prints the nodes that ran and the answer. With ``--die`` the process ends hard before ``check``; then goes on:
 
     python examples/langgraph_self_check.py --database runs.sqlite --die
     python examples/langgraph_self_check.py --database runs.sqlite

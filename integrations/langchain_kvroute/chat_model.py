@@ -301,8 +301,9 @@ class ChatKVRoute(EngineFields, BaseChatModel):
         engine = self.opened()
         found = handed_over(engine)
         mode, taken = call.mode, None
-        if mode is None and self.policy is None and found is not None and found.decision.mode in ("fast", "slow"):
-            mode, taken = found.decision.mode, found.decision
+        decided = None if found is None or self.policy is not None else found.decision
+        if decided is not None and decided.mode in ("fast", "slow") and mode in (None, decided.mode):
+            mode, taken = decided.mode, decided
         if call.instruction is not None:
             messages = with_instruction(messages, call.instruction)
         choice = ToolChoice(call.tool_choice, call.tools)

@@ -553,3 +553,16 @@ def test_a_demanded_branch_tells_its_model_the_mode() -> None:
         assert message.response_metadata["kvroute"]["decision"]["why"] == "forced"
         assert message.response_metadata["kvroute"]["tokens"]["cached"] == 0
         assert ("reasoning_content" in message.additional_kwargs) == (mode == "slow")
+
+
+def test_a_model_in_its_branchs_mode_tells_the_decision() -> None:
+    """Its own mode is the one that was decided, so the decision is the answer's; in another mode it is not."""
+    fast, slow = (ChatKVRoute(engine=thinker.engine(), mode=mode, max_tokens=8) for mode in ("fast", "slow"))
+    for given in INPUTS[:4]:
+        decision = thinker.router().decide([{"role": "user", "content": given["question"]}])
+        told = KVRouteRouter(thinker.router(), ASK | fast, ASK | slow).invoke(given).response_metadata["kvroute"]
+        assert told["mode"] == decision.mode
+        assert told["difficulty"] == pytest.approx(decision.difficulty, abs=1e-3)
+        other = fast if decision.mode == "slow" else slow
+        told = KVRouteRouter(thinker.router(), ASK | other, ASK | other).invoke(given).response_metadata["kvroute"]
+        assert (told["mode"], told["difficulty"]) == (other.mode, None)

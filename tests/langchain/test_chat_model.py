@@ -294,7 +294,7 @@ def test_a_call_that_makes_no_sense_is_refused(thinker: TransformersEngine, give
         {"model": "x", "mode": "medium"},
         {"base_url": []},
     ],
-    ids=str,
+    ids=lambda fields: " ".join(fields) or "none",
 )
 def test_fields_that_make_no_sense_are_refused(fields: dict[str, Any]) -> None:
     with pytest.raises(ValidationError):
