@@ -30,9 +30,8 @@ from kvroute_kernels import (
     KVViewError,
     WindowError,
     angle_between,
-    chain_step,
+    paged_chain_step,
     paged_pool,
-    token_vectors,
 )
 
 NOT_FINITE = "the chain holds values that are not finite"
@@ -198,13 +197,12 @@ class ChainState:
             NonFiniteCacheError: NaN or infinity in the new tokens, with layer and position.
             WindowedLayerError: a layer with a window holds the tokens no more.
         """
+        if not rows:
+            return
         if self._layers is None:
             self._layers = self.spec.resolve(self._num_layers or len(view.layers))
         layers = self._layers
-        try:
-            vectors = [
-                token_vectors(view, b, lo, hi, layers) for b, (lo, hi) in enumerate(zip(start, stop, strict=True))
-            ]
+        try:  # before the states are touched
             sums = paged_pool(view, layers=layers, start=start, stop=stop)
         except WindowError as error:
             raise WindowedLayerError(str(error), hint="Feed the chains while the tokens are still held.") from error
@@ -218,24 +216,21 @@ class ChainState:
             if fault is not None:
                 shift = 0 if position is None else position - start[fault.sequence]
                 raise NonFiniteCacheError(rows[fault.sequence], fault.layer, fault.position + shift, fault.part)
-        size, held = vectors[0].shape[1] if vectors else 0, None if self._token is None else self._token.first.shape[1]
+        size, held = by_layer[0, 0].numel(), None if self._token is None else self._token.first.shape[1]
         if held is not None and size != held:
             raise SpecError(f"The chain's vectors have {held} numbers, and these tokens make {size}.")
-        counts = [int(v.shape[0]) for v in vectors]
-        padded = torch.nn.utils.rnn.pad_sequence(vectors, batch_first=True).float()
-        device = padded.device
+        device = by_layer.device
         if self._token is None or self._layer_sums is None:
-            self._token = ChainTensors.empty(self.num_sequences, padded.shape[2], device)
+            self._token = ChainTensors.empty(self.num_sequences, size, device)
             self._layer_sums = torch.zeros(self.num_sequences, *by_layer.shape[1:], dtype=torch.float64, device=device)
         index = torch.tensor(list(rows), dtype=torch.int64, device=device)
         fresh = (self._token.count[index] == 0).tolist()
-        magnitudes, angles = chain_step(self._token, index, padded, torch.tensor(counts, device=device))
+        steps = paged_chain_step(view, self._token, rows, start, stop, layers)
         self._layer_sums[index] += by_layer.double()
-        for i, row in enumerate(rows):
-            first = 1 if fresh[i] else 0
-            if counts[i] > first:
-                pair = torch.stack([magnitudes[i, first : counts[i]], angles[i, first : counts[i]]])
-                self._steps[row].append(pair.cpu().clone())
+        pairs = torch.stack([steps.magnitudes, steps.angles]).cpu()
+        for row, new, pair in zip(rows, fresh, torch.split(pairs, steps.counts, dim=1), strict=True):
+            if pair.shape[1] > new:
+                self._steps[row].append(pair[:, 1:].clone() if new else pair.clone())
                 if len(self._steps[row]) == _PIECES:
                     self._steps[row] = [torch.cat(self._steps[row], dim=1)]
 

@@ -1,27 +1,45 @@
-"""Ops over a KV cache, paged or contiguous: the torch references.
+"""Ops over a KV cache, paged or contiguous, in torch and in Triton.
 
-Knows torch alone. :class:`KVView` is the picture of a cache, :func:`paged_pool` reduces it over
-tokens, :func:`token_vectors` and :func:`chain_step` feed the chains.
+Knows torch alone; Triton is used where there is a GPU and triton is installed (:func:`choose`). :class:`KVView` is the
+picture of a cache, :func:`paged_pool` reduces it over tokens, :func:`paged_chain_step` feeds the chains, and
+:func:`difficulty_head` decides on pooled vectors. Each op is a torch reference beside a Triton twin of the same stem.
 """
 
 from __future__ import annotations
 
-from kvroute_kernels.chain_step import ChainTensors, angle_between, chain_step, token_vectors
+from kvroute_kernels.chain_step import (
+    ChainSteps,
+    ChainTensors,
+    angle_between,
+    chain_step,
+    paged_chain_step,
+    token_vectors,
+)
+from kvroute_kernels.difficulty_head import Difficulties, MLPHead, difficulty_head
+from kvroute_kernels.dispatch import Backend, KernelsUnavailableError, choose
 from kvroute_kernels.paged_pool import PooledSums, paged_pool
 from kvroute_kernels.view import KVGroup, KVView, KVViewError, LayerKV, NonFiniteKVError, PageTable, WindowError
 
 __all__ = [
+    "Backend",
+    "ChainSteps",
     "ChainTensors",
+    "Difficulties",
     "KVGroup",
     "KVView",
     "KVViewError",
+    "KernelsUnavailableError",
     "LayerKV",
+    "MLPHead",
     "NonFiniteKVError",
     "PageTable",
     "PooledSums",
     "WindowError",
     "angle_between",
     "chain_step",
+    "choose",
+    "difficulty_head",
+    "paged_chain_step",
     "paged_pool",
     "token_vectors",
 ]

@@ -16,7 +16,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from kvroute_kernels.dispatch import Backend, run
 from kvroute_kernels.ordered_sum import ordered_sum
+from kvroute_kernels.paged_pool import paged_pool
 from kvroute_kernels.view import KVView, KVViewError
 
 
@@ -53,6 +55,27 @@ class ChainTensors:
         )
 
 
+@dataclass(frozen=True, slots=True)
+class ChainSteps:
+    """Steps of R sequences, to which T tokens came; those of each sequence behind one another.
+
+    Attributes:
+        counts: new tokens of each sequence.
+        magnitudes: ``[T]`` float32, |z_t - z_{t-1}|; 0 for a chain's first vector.
+        angles: ``[T]`` float32, radians in [0, pi]; 0 where undefined and for a chain's first vector.
+        squares: ``[T, 2]`` float64, squared magnitude and squared norm of z_t: what ranks that hold some heads each
+            can add up.
+        layer_sums: ``[R, layers, H*D + H*Dv]`` float32, by layer the sums of keys, then values over each sequence's new
+            tokens, where they were asked for.
+    """
+
+    counts: list[int]
+    magnitudes: Tensor
+    angles: Tensor
+    squares: Tensor
+    layer_sums: Tensor | None = None
+
+
 def token_vectors(view: KVView, sequence: int, start: int, stop: int, layers: Sequence[int] | None = None) -> Tensor:
     """z_t of tokens ``start..stop`` of one sequence: ``[n, H*D + H*Dv]`` in float32 (float64 from float64).
 
@@ -75,6 +98,88 @@ def token_vectors(view: KVView, sequence: int, start: int, stop: int, layers: Se
             stacked[i][ranks] = rows
     parts = [ordered_sum(x, 0, accumulate).transpose(0, 1).flatten(1) / len(chosen) for x in stacked]
     return torch.cat(parts, dim=1)
+
+
+def paged_chain_step(
+    view: KVView,
+    state: ChainTensors,
+    rows: Sequence[int],
+    start: Sequence[int],
+    stop: Sequence[int],
+    layers: Sequence[int] | None = None,
+    *,
+    layer_sums: bool = False,
+    backend: Backend | None = None,
+) -> ChainSteps:
+    """Feed new tokens of a view's sequences to their chains, in place: one launch on a GPU.
+
+    Args:
+        view: the cache; sequence i feeds chain ``rows[i]``.
+        state: the states, on the cache's device.
+        rows: a chain of its own for every sequence.
+        start: first new token of each sequence.
+        stop: one past the last; equal to start where there is nothing new.
+        layers: all by default. They must share H, D and Dv.
+        layer_sums: also sum the new tokens by layer (for the layer-axis chain), in the same launch.
+        backend: see :func:`kvroute_kernels.choose`.
+
+    Raises:
+        KVViewError: layers of different sizes, a range outside the sequence, an absent page, vectors that are not as
+            large as the states'.
+        WindowError: tokens a windowed layer holds no more.
+    """
+    chosen = list(view.layers if layers is None else layers)
+
+    def triton() -> ChainSteps:
+        from kvroute_kernels.chain_step_triton import paged_chain_step_triton
+
+        return paged_chain_step_triton(view, state, rows, start, stop, chosen, layer_sums)
+
+    def torch_() -> ChainSteps:
+        return paged_chain_step_reference(view, state, rows, start, stop, chosen, layer_sums=layer_sums)
+
+    return run("paged_chain_step", view.lengths.device, view.dtype, backend, triton=triton, torch_=torch_)
+
+
+def paged_chain_step_reference(
+    view: KVView,
+    state: ChainTensors,
+    rows: Sequence[int],
+    start: Sequence[int],
+    stop: Sequence[int],
+    layers: Sequence[int] | None = None,
+    *,
+    layer_sums: bool = False,
+) -> ChainSteps:
+    """:func:`paged_chain_step` in plain torch."""
+    sums = None
+    if layer_sums:
+        pooled = paged_pool(view, layers=layers, start=start, stop=stop, backend="torch")
+        assert pooled.keys is not None
+        assert pooled.values is not None
+        sums = torch.cat([pooled.keys.flatten(2), pooled.values.flatten(2)], dim=2)
+    vectors = [
+        token_vectors(view, b, lo, hi, layers).float() for b, (lo, hi) in enumerate(zip(start, stop, strict=True))
+    ]
+    counts = [int(v.shape[0]) for v in vectors]
+    if not sum(counts):
+        empty = state.first.new_zeros(0)
+        return ChainSteps(counts, empty, empty, torch.zeros(0, 2, dtype=torch.float64, device=empty.device), sums)
+    padded = torch.nn.utils.rnn.pad_sequence(vectors, batch_first=True)
+    device = padded.device
+    index = torch.tensor(list(rows), dtype=torch.int64, device=device)
+    known = state.count[index] > 0
+    before = torch.cat([state.last[index][:, None], padded[:, :-1]], dim=1)
+    squared = [_square(padded - before), _square(padded)]
+    squared[0][:, 0] = torch.where(known, squared[0][:, 0], 0.0)
+    held = torch.tensor(counts, device=device)
+    magnitudes, angles = chain_step(state, index, padded, held)
+    new = torch.arange(padded.shape[1], device=device)[None] < held[:, None]
+    return ChainSteps(counts, magnitudes[new], angles[new], torch.stack([x[new] for x in squared], dim=1), sums)
+
+
+def _square(x: Tensor) -> Tensor:
+    return x.double().square().sum(dim=-1)
 
 
 def angle_between(a: Tensor, b: Tensor) -> Tensor:

@@ -9,12 +9,13 @@ tokens alone: padding is never read, and the result has the same bits in every b
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
 from torch import Tensor
 
+from kvroute_kernels.dispatch import Backend, run
 from kvroute_kernels.ordered_sum import ordered_sum
 from kvroute_kernels.view import KVGroup, KVView, KVViewError
 
@@ -42,6 +43,7 @@ def paged_pool(
     stop: Sequence[int] | None = None,
     part: Literal["k", "v", "kv"] = "kv",
     weights: Sequence[Tensor] | None = None,
+    backend: Backend | None = None,
 ) -> PooledSums:
     """Sum keys and values over tokens ``start..stop`` of every sequence.
 
@@ -52,6 +54,7 @@ def paged_pool(
         stop: one past the last; the sequence's length by default.
         part: which of keys and values.
         weights: by sequence ``[stop - start]``, a weight for every token of the range.
+        backend: see :func:`kvroute_kernels.choose`.
 
     Returns:
         the sums. An empty range sums to zero with weight 0.
@@ -61,9 +64,35 @@ def paged_pool(
         WindowError: tokens a windowed layer holds no more.
     """
     chosen = list(view.layers if layers is None else layers)
-    count = view.num_sequences
-    low = [0] * count if start is None else list(start)
+    low = [0] * view.num_sequences if start is None else list(start)
     high = view.host_lengths if stop is None else list(stop)
+
+    def triton() -> PooledSums:
+        from kvroute_kernels.paged_pool_triton import paged_pool_triton
+
+        return paged_pool_triton(view, chosen, low, high, part, weights)
+
+    def native() -> PooledSums | None:
+        from kvroute_kernels.paged_pool_native import can_pool, paged_pool_native
+
+        return paged_pool_native(view, chosen, low, high, part, weights) if can_pool(view, chosen) else None
+
+    def torch_() -> PooledSums:
+        return paged_pool_reference(view, chosen, low, high, part, weights)
+
+    return run("paged_pool", view.lengths.device, view.dtype, backend, triton=triton, native=native, torch_=torch_)
+
+
+def paged_pool_reference(
+    view: KVView,
+    chosen: list[int],
+    low: list[int],
+    high: list[int],
+    part: Literal["k", "v", "kv"],
+    weights: Sequence[Tensor] | None,
+) -> PooledSums:
+    """:func:`paged_pool` in plain torch."""
+    count = view.num_sequences
     device = view.lengths.device
     split = view.split_layers(chosen)
     accumulate = torch.float64 if view.dtype == torch.float64 else torch.float32
@@ -105,7 +134,7 @@ def _narrowed(group: KVGroup, places: list[int]) -> tuple[KVGroup, list[int]]:
     if high - low == len(group.layers):
         return group, places
     layers = slice(low, high)
-    some = KVGroup(group.layers[layers], group.keys[layers], group.values[layers], group.table, group.window)
+    some = replace(group, layers=group.layers[layers], keys=group.keys[layers], values=group.values[layers])
     return some, [place - low for place in places]
 
 

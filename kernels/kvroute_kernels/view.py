@@ -12,7 +12,7 @@ Nothing here copies the cache; strides are free.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, overload
 
 import torch
@@ -56,12 +56,27 @@ class PageTable:
         pages: ``[B, M]`` int64, page index of every column; -1 where there is none (absent).
         offset: ``[B]`` int64, slot of token 0: token t lies in slot ``t + offset``. Left padding makes it
             positive, a window that dropped its first tokens makes it negative.
-        first: ``[B]`` int64, first token that is held; 0 unless the layers hold a window only.
+        first: ``[B]`` int64, first token that is held; 0 unless the layers hold a window only. host: the same three
+        in the host's memory, so that nothing waits for a GPU to look at them; None where they are not
+            at hand.
     """
 
     pages: Tensor
     offset: Tensor
     first: Tensor
+    host: tuple[Tensor, Tensor, Tensor] | None = None
+
+    def on_host(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Pages, offset and first in the host's memory; without :attr:`host` the host waits for them."""
+        return (self.pages.cpu(), self.offset.cpu(), self.first.cpu()) if self.host is None else self.host
+
+    def select(self, rows: Tensor) -> PageTable:
+        """The table of some sequences."""
+        host = self.host
+        host = (host[0][rows], host[1][rows], host[2][rows]) if host is not None and rows.device.type == "cpu" else None
+        device = self.pages.device
+        index = rows.to(device)
+        return PageTable(self.pages[index], self.offset[index], self.first[index], host)
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +89,8 @@ class KVGroup:
         values: ``[G, P, H, N, Dv]``.
         table: where each sequence's tokens lie.
         window: tokens that the layers attend to, or None for all.
+        key_scale: a stored key times this is the key; 1 unless float8.
+        value_scale: the same of values.
     """
 
     layers: tuple[int, ...]
@@ -81,6 +98,8 @@ class KVGroup:
     values: Tensor
     table: PageTable
     window: int | None = None
+    key_scale: float = 1.0
+    value_scale: float = 1.0
 
     @property
     def page_size(self) -> int:
@@ -294,14 +313,14 @@ class KVView:
 
     def select_sequences(self, sequences: Sequence[int]) -> KVView:
         """The view of some sequences only; nothing of the cache is copied."""
-        index = torch.tensor(list(sequences), dtype=torch.int64, device=self.lengths.device)
+        index = torch.tensor(list(sequences), dtype=torch.int64)
         tables: dict[int, PageTable] = {}
         groups = []
         for g in self.groups:
             if id(g.table) not in tables:
-                tables[id(g.table)] = PageTable(g.table.pages[index], g.table.offset[index], g.table.first[index])
-            groups.append(KVGroup(g.layers, g.keys, g.values, tables[id(g.table)], g.window))
-        return KVView(groups, self.lengths[index])
+                tables[id(g.table)] = g.table.select(index)
+            groups.append(replace(g, table=tables[id(g.table)]))
+        return KVView(groups, self.lengths[index.to(self.lengths.device)])
 
     def split_layers(self, layers: Sequence[int]) -> list[tuple[KVGroup, list[int], list[int]]]:
         """The groups that hold ``layers``: (group, places in the group, places in ``layers``)."""
@@ -336,7 +355,7 @@ class KVView:
         keys = group.keys if "k" in part else None
         values = group.values if "v" in part else None
         if start == stop:
-            return _each(lambda x: x.new_empty(x.shape[0], x.shape[2], 0, x.shape[4]), keys, values)
+            return _each(lambda x: x.new_empty(x.shape[0], x.shape[2], 0, x.shape[4]), keys, values, group)
         table, size = group.table, group.page_size
         held = int(table.first[sequence])
         if start < held:
@@ -349,13 +368,13 @@ class KVView:
                 raise KVViewError(f"The page of token {start} of sequence {sequence} is absent.")
             row = low - (low // size) * size
             rows = slice(row, row + stop - start)
-            return _each(lambda x: x[:, page, :, rows], keys, values)
+            return _each(lambda x: x[:, page, :, rows], keys, values, group)
         columns = table.pages[sequence, low // size : (high - 1) // size + 1]
         if bool((columns < 0).any()):
             raise KVViewError(f"A page of tokens {start}..{stop} of sequence {sequence} is absent.")
         row = low % size
         return _each(
-            lambda x: x[:, columns].transpose(1, 2).flatten(2, 3)[:, :, row : row + stop - start], keys, values
+            lambda x: x[:, columns].transpose(1, 2).flatten(2, 3)[:, :, row : row + stop - start], keys, values, group
         )
 
     def find_non_finite(self, layers: Sequence[int] | None = None) -> NonFiniteKVError | None:
@@ -374,6 +393,16 @@ class KVView:
 
 
 def _each(
-    work: Callable[[Tensor], Tensor], keys: Tensor | None, values: Tensor | None
+    work: Callable[[Tensor], Tensor], keys: Tensor | None, values: Tensor | None, group: KVGroup
 ) -> tuple[Tensor | None, Tensor | None]:
-    return None if keys is None else work(keys), None if values is None else work(values)
+    return (
+        None if keys is None else read_numbers(keys, group.key_scale, work),
+        None if values is None else read_numbers(values, group.value_scale, work),
+    )
+
+
+def read_numbers(cache: Tensor, scale: float, pick: Callable[[Tensor], Tensor]) -> Tensor:
+    """What ``pick`` takes of a cache: as it is stored, and of float8 the numbers in float32."""
+    if cache.dtype.itemsize > 1:
+        return pick(cache)
+    return pick(cache.view(torch.uint8)).view(cache.dtype).float() * scale  # bytes can be indexed on every device

@@ -64,8 +64,9 @@ class LayerPages:
 
     @property
     def converted(self) -> bool:
-        """Whether pages are converted when they are read, because strides don't lead to the numbers."""
-        return self.keys.dtype.itemsize == 1 or self.value_order is not None
+        """Whether pages are converted before they are read, because strides don't lead to the numbers in their
+        order."""
+        return self.value_order is not None
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,8 +128,8 @@ def view_of(
             that drops blocks, block 0 is a missing one; tokens up to the last missing one are not held.
         lengths: by request, tokens whose keys and values are written.
         starts: by request, the first token that will be read (0 by default). Earlier pages are left out (asking for
-            them raises WindowError), so a step costs what it reads. Float8 and reordered pages, which are
-            converted here, are also bounded by it.
+            them raises WindowError), so a step costs what it reads. Reordered pages, which are converted here, are also
+            bounded by it.
 
     Returns:
         the view. It reads the engine's memory, so it is good until the engine's next step.
@@ -157,9 +158,11 @@ def view_of(
             tables[kind] = _page_table(layer, block_ids, lengths, starts)
         indices = tuple(p.index for p in stack.layers)
         keys, values, table = stack.keys, stack.values, tables[kind]
+        scales = (layer.scale_k, layer.scale_v)
         if layer.converted:
             keys, values, table = _convert(stack, table)
-        groups.append(KVGroup(indices, keys, values, table, layer.window))
+            scales = (1.0, 1.0)
+        groups.append(KVGroup(indices, keys, values, table, layer.window, *scales))
     device = whole[0].keys.device if whole else torch.device("cpu")
     return KVView(groups, torch.tensor(list(lengths), dtype=torch.int64, device=device))
 
@@ -203,11 +206,9 @@ def _page_table(
     width = max((len(r) for r in rows), default=0)
     device = layer.keys.device
     pages = torch.tensor([r + [-1] * (width - len(r)) for r in rows], dtype=torch.int64).view(len(rows), width)
-    return PageTable(
-        pages.to(device),
-        torch.tensor(offset, dtype=torch.int64, device=device),
-        torch.tensor(first, dtype=torch.int64, device=device),
-    )
+    host = (pages, torch.tensor(offset, dtype=torch.int64), torch.tensor(first, dtype=torch.int64))
+    there = [x.to(device, non_blocking=True) for x in host]
+    return PageTable(there[0], there[1], there[2], host)
 
 
 def _convert(stack: PageStack, table: PageTable) -> tuple[Tensor, Tensor, PageTable]:

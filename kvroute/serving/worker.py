@@ -8,6 +8,7 @@ Pure torch: tested without an engine.
 
 from __future__ import annotations
 
+import functools
 import logging
 import time
 from collections.abc import Sequence
@@ -23,10 +24,12 @@ from kvroute.serving.answers import public_text
 from kvroute.serving.asks import Ask, vectors_of
 from kvroute.serving.config import ServingConfig
 from kvroute.serving.forcing import BOARD, Board
+from kvroute.serving.kernel_reading import Runs, feed_chains, runs_of, sums_of_runs, uses_kernels
 from kvroute.serving.looking import Gather, Looker
 from kvroute.serving.messages import Array, Norms, StepMeta, StepRequest, StepResults, Sums
 from kvroute.serving.pages import LayerPages, stack_pages, view_of
-from kvroute_kernels import KVView, WindowError
+from kvroute_kernels import ChainTensors, KVView, WindowError
+from kvroute_kernels.view import read_numbers
 
 _log = logging.getLogger(__name__)
 _RUN = 4
@@ -117,7 +120,13 @@ class _Gathered:
             row = slot % size
             # [T, G, H, D]: the two index tensors lead
             self.layers |= {group.layers[place]: (len(self.parts), place - low) for place in places}
-            self.parts.append((group.keys[low:high, page, :, row], group.values[low:high, page, :, row]))
+            pick = functools.partial(_tokens_of, page=page, row=row)
+            self.parts.append(
+                (
+                    read_numbers(group.keys[low:high], group.key_scale, pick),
+                    read_numbers(group.values[low:high], group.value_scale, pick),
+                )
+            )
 
     def pick(self, layers: Sequence[int], part: int) -> Tensor:
         """``[T, n, H, D]`` float32 of some layers, in their order; part 0 are keys, 1 values."""
@@ -362,6 +371,9 @@ class WorkerSide:
             signs[~_among(sequence, rows)] = 0
             pooled.append((key, rows, spec, signs))
         chains = [i for i, r in enumerate(requests) if self._asked[r.id].chain]
+        if uses_kernels(view):
+            self._feed_by_kernels(view, requests, pooled, chains, tokens, results)
+            return
         # Tokens that leave a window are read again, for the layers of that window alone.
         windowed = [p for p in pooled if window_of(p[2]) is not None]
         plain = [p for p in pooled if window_of(p[2]) is None]
@@ -382,6 +394,51 @@ class WorkerSide:
             for key, rows, spec, signs in some:
                 results.sums[key] = self._add_sums(got, key, rows, spec, signs[chosen], part, slots, requests)
         results.read = {r.id: r.high for r in requests}
+
+    def _feed_by_kernels(
+        self,
+        view: KVView,
+        requests: Sequence[StepRequest],
+        pooled: list[tuple[str, list[int], PoolingSpec, Tensor]],
+        chains: list[int],
+        tokens: _Tokens,
+        results: StepResults,
+    ) -> None:
+        """The rest of :meth:`_feed`. What can't be read is found before any state is changed."""
+        slots = torch.tensor([self._asked[r.id].slot for r in requests])
+        read: list[tuple[str, list[int], PoolingSpec, Runs, tuple[Tensor | None, Tensor | None]]] = []
+        for key, rows, spec, signs in pooled:
+            runs = runs_of(tokens.sequence, tokens.position, signs)
+            sums = sums_of_runs(view, runs, rows, spec.read_layers(self._num_layers), spec.part)
+            read.append((key, rows, spec, runs, sums))
+        self._touched = True
+        if chains:
+            held = self._chain_tensors(view)
+            low = [requests[i].low for i in chains]
+            mine = slots[chains].tolist()
+            steps, by_layer = feed_chains(view, held, chains, mine, low, self._num_layers)
+            spans = _square(held.last[mine] - held.first[mine])
+            results.norms = self._norms(steps, spans, by_layer, requests, chains, slots[chains])
+        for key, rows, spec, runs, sums in read:
+            weight = torch.zeros(len(requests), dtype=torch.float64)
+            for sequence, w in zip(runs.sequence, runs.weights, strict=True):
+                weight[sequence] += w.sum(dtype=torch.float64)
+            results.sums[key] = self._kept_sums(key, rows, spec, sums, weight[rows], slots, requests)
+        results.read = {r.id: r.high for r in requests}
+
+    def _chain_tensors(self, view: KVView) -> ChainTensors:
+        """The states of all rows' chains; a row that is given out anew is zeros, as a chain that has seen nothing."""
+        group = view.groups[0]
+        device, size = view.lengths.device, group.keys.shape[2] * (group.keys.shape[4] + group.values.shape[4])
+        shape, numbers = ((size,), ()), (torch.float32, torch.int64, torch.float64, torch.bool)
+        return ChainTensors(
+            self._rows.get("chain|first", shape[0], numbers[0], device),
+            self._rows.get("chain|last", shape[0], numbers[0], device),
+            self._rows.get("chain|count", shape[1], numbers[1], device),
+            self._rows.get("chain|magnitudes", shape[1], numbers[2], device),
+            self._rows.get("chain|angles", shape[1], numbers[2], device),
+            self._rows.get("chain|degenerate", shape[1], numbers[3], device),
+        )
 
     @staticmethod
     def _gathered(view: KVView, tokens: _Tokens, layers: Sequence[int]) -> _Gathered:
@@ -420,30 +477,50 @@ class WorkerSide:
         slots: Tensor,
         requests: Sequence[StepRequest],
     ) -> Sums:
-        mine = slots[rows]
         chosen = signs != 0
         every = bool(chosen.all())
         sequence = tokens.sequence if every else tokens.sequence[chosen]
         signs = signs if every else signs[chosen]
         row = _places(len(requests), rows)[sequence]
         plain = bool((signs == 1).all())
-        out: list[Array | None] = []
+        found: list[Tensor | None] = []
         for part, letter in enumerate("kv"):
             if letter not in spec.part:
-                out.append(None)
+                found.append(None)
                 continue
             x = got.pick(spec.read_layers(self._num_layers), part)
             device = x.device
             x = x if every else x[chosen.to(device)]
             if not plain:
                 x = x * signs.to(device, torch.float32)[:, None, None, None]
-            state = self._rows.get(f"{key}|{letter}", x.shape[1:], torch.float64, device)
-            place = mine.to(device)
-            summed = state[place] + _sums_by_row(x, row.to(device), len(rows))
+            found.append(_sums_by_row(x, row.to(device), len(rows)))
+        weight = torch.zeros(len(rows), dtype=torch.float64).index_add_(0, row, signs)
+        return self._kept_sums(key, rows, spec, (found[0], found[1]), weight, slots, requests)
+
+    def _kept_sums(
+        self,
+        key: str,
+        rows: list[int],
+        spec: PoolingSpec,
+        sums: tuple[Tensor | None, Tensor | None],
+        weight: Tensor,
+        slots: Tensor,
+        requests: Sequence[StepRequest],
+    ) -> Sums:
+        """Add a step's sums ``[R, n, H, D]`` and weights ``[R]`` to what is kept, and give what that is now."""
+        mine = slots[rows]
+        out: list[Array | None] = []
+        for letter, x in zip("kv", sums, strict=True):
+            if letter not in spec.part or x is None:
+                out.append(None)
+                continue
+            state = self._rows.get(f"{key}|{letter}", x.shape[1:], torch.float64, x.device)
+            place = mine.to(x.device)
+            summed = state[place] + x
             state[place] = summed
             out.append(_numpy(summed))
         total = self._rows.get(f"{key}|w", (), torch.float64, torch.device("cpu"))
-        total[mine] += torch.zeros(len(rows), dtype=torch.float64).index_add_(0, row, signs)
+        total[mine] += weight
         return Sums([requests[i].id for i in rows], out[0], out[1], total[mine].numpy())
 
     def _chain_terms(
@@ -505,9 +582,22 @@ class WorkerSide:
         steps = torch.stack([_square(z - before), _square(z)], dim=1)
         first[mine] = torch.where(fresh[:, None], z[first_at], first[mine])
         last[mine] = z[last_at]
+        return self._norms(steps, _square(last[mine] - first[mine]), summed, requests, rows, slots[rows])
+
+    def _norms(
+        self,
+        steps: Tensor,
+        spans: Tensor,
+        summed: list[Tensor],
+        requests: Sequence[StepRequest],
+        rows: list[int],
+        slots: Tensor,
+    ) -> Norms:
+        """Add the sums by layer to what is kept, and give all squared lengths."""
+        mine = slots.to(steps.device)
         norm, move, span = [], [], []
         for x, letter in zip(summed, "kv", strict=True):
-            state = self._rows.get(f"chain|layers|{letter}", x.shape[1:], torch.float64, device)
+            state = self._rows.get(f"chain|layers|{letter}", x.shape[1:], torch.float64, x.device)
             by_layer = state[mine] + x
             state[mine] = by_layer
             norm.append(_square(by_layer))
@@ -516,9 +606,9 @@ class WorkerSide:
         moves = torch.nn.functional.pad(move[0] + move[1], (1, 0))
         return Norms(
             [requests[i].id for i in rows],
-            counts.numpy(),
+            np.array([requests[i].high - requests[i].low for i in rows], dtype=np.int64),
             steps.cpu().numpy(),
-            _square(last[mine] - first[mine]).cpu().numpy(),
+            spans.cpu().numpy(),
             torch.stack([moves, norm[0] + norm[1]], dim=2).cpu().numpy(),
             (span[0] + span[1]).cpu().numpy(),
         )
@@ -555,6 +645,11 @@ def _sif(request: StepRequest, a: float) -> Array:
     size = request.high - request.low + request.window
     found = request.weights.get(a)
     return np.zeros(size, np.float32) if found is None else found[len(found) - size :]
+
+
+def _tokens_of(cache: Tensor, page: Tensor, row: Tensor) -> Tensor:
+    """``[T, G, H, D]`` of ``[G, P, H, N, D]``."""
+    return cache[:, page, :, row]
 
 
 def _square(x: Tensor) -> Tensor:

@@ -277,11 +277,13 @@ def test_fp8_is_read_with_its_scales(stored):
     tables = [[[21, 4, 13]], [[21]]]
     both = [expected, [(k[:7], v[:7]) for k, v in expected]]
     view = view_of(pages, tables, [19, 7])
-    assert view.groups[0].keys.dtype == torch.float32
-    assert view.groups[0].keys.shape[1] == 3  # the pages that are read, shared ones once
+    group = view.groups[0]
+    assert group.keys.dtype == group.values.dtype == stored
+    assert (group.key_scale, group.value_scale) == (0.037, 1.25)
+    assert group.keys.untyped_storage().data_ptr() == tensors[0].untyped_storage().data_ptr()  # nothing was copied
     assert_same(view, both)
     late = view_of(pages, tables, [19, 7], [17, 7])
-    assert late.groups[0].keys.shape[1] == 1
+    assert late.groups[0].table.pages.shape[1] == 1
     assert_same(late, both, [17, 7])
 
 
@@ -294,7 +296,7 @@ def test_fp8_in_a_window():
     ((keys, values),) = random_layers(20, 1, 3, 10, 10, torch.float8_e5m2, 3)
     write_gpu(cache, 10, [-1, 6, 2], keys.view(torch.uint8), values.view(torch.uint8))
     view = view_of(pages, [[[0, 6, 2]]], [20])
-    assert view.groups[0].table.pages.tolist() == [[-1, 1, 0]]
+    assert view.groups[0].table.pages.tolist() == [[-1, 6, 2]]
     with pytest.raises(WindowError):
         view.token_slices(view.groups[0], 0, 7, 20)
     assert_same(view_of(pages, [[[0, 6, 2]]], [20], [8]), [[(keys.float() * 2, values.float())]], [8])

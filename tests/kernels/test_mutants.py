@@ -1,0 +1,33 @@
+"""Every mistake in ``mutants.py`` is caught by its cases, and nothing is where none was made."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.kernels.mutants import CASES, MUTANTS
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_there_are_enough_and_of_many_kinds() -> None:
+    assert len(MUTANTS) >= 20
+    assert len({(m.module, m.kind) for m in MUTANTS}) == len(MUTANTS)
+
+
+@pytest.mark.parametrize("module", list(CASES))
+def test_every_mutant_is_caught(module: str) -> None:
+    paths = [str(ROOT), str(ROOT / "kernels"), *filter(None, [os.environ.get("PYTHONPATH")])]
+    environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-W", "error::RuntimeWarning", "-m", "tests.kernels.mutants", module]
+    done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=550, check=False)
+    lines = json.loads(done.stdout.splitlines()[-1]) if done.stdout else []
+    assert len(lines) == 1 + sum(m.module == module for m in MUTANTS), done.stderr[-2000:]
+    assert lines[0]["caught"] is None, f"without a mutant: {lines[0]['caught']}"
+    assert [line["kind"] for line in lines[1:] if line["caught"] is None] == []
+    assert done.returncode == 0
