@@ -67,6 +67,14 @@ def choose(device: torch.device, dtype: torch.dtype, backend: Backend | None = N
     return asked
 
 
+def prepare(device: torch.device) -> None:
+    """Build what the ops compile on a device, so that no first call waits for it (some seconds, once a machine)."""
+    if device.type == "cpu" and _wished() in ("auto", "native"):
+        from kvroute_kernels.paged_pool_native import library
+
+        library()
+
+
 def _wished() -> Backend:
     """What the environment says; it may be nonsense, which :func:`choose` refuses."""
     return os.environ.get(VARIABLE) or "auto"  # type: ignore[return-value]

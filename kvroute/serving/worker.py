@@ -28,7 +28,7 @@ from kvroute.serving.kernel_reading import Runs, feed_chains, runs_of, sums_of_r
 from kvroute.serving.looking import Gather, Looker
 from kvroute.serving.messages import Array, Norms, StepMeta, StepRequest, StepResults, Sums
 from kvroute.serving.pages import LayerPages, stack_pages, view_of
-from kvroute_kernels import ChainTensors, KVView, WindowError
+from kvroute_kernels import ChainTensors, KVView, WindowError, prepare
 from kvroute_kernels.view import read_numbers
 
 _log = logging.getLogger(__name__)
@@ -185,6 +185,8 @@ class WorkerSide:
         copy: bool = False,
     ) -> None:
         self._stacks = stack_pages(pages)
+        for device in {page.keys.device for page in pages}:
+            prepare(device)  # here, where the engine starts, and not in its first step
         self._num_layers = len(pages) if num_layers is None else num_layers
         self._config = ServingConfig() if config is None else config
         self._board = board

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvroute_kernels import paged_pool
+from kvroute_kernels import paged_pool, prepare
 from kvroute_kernels.paged_pool_native import library
 from tests.kernels.caches import DTYPES, LAYOUTS, exact_sums, random_view
 
@@ -80,3 +80,14 @@ def test_128k_tokens_in_bfloat16() -> None:
     sums = paged_pool(KVView.from_contiguous(x, x, [131072]), part="k", backend="native")
     exact = x.double().sum(3)[0, 0]
     assert float((sums.keys[0, 0].double() - exact).norm() / exact.norm()) < 1e-5
+
+
+def test_prepare_builds_it_where_it_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int] = []
+    monkeypatch.setattr("kvroute_kernels.paged_pool_native.library", lambda: asked.append(1))
+    monkeypatch.delenv("KVROUTE_KERNELS", raising=False)
+    prepare(torch.device("cpu"))
+    prepare(torch.device("meta"))
+    monkeypatch.setenv("KVROUTE_KERNELS", "torch")
+    prepare(torch.device("cpu"))
+    assert asked == [1]
