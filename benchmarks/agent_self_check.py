@@ -117,7 +117,7 @@ def main() -> None:
     arguments = _thinker.argument_parser(__doc__).parse_args()
     thinker = _thinker.engine(arguments.thinker)
     head = DifficultyHead.load(_thinker.FOLDER / "confidence", thinker.info)
-    rows = asked(60 if arguments.quick else 600, arguments.seed)
+    rows = asked(24 if arguments.quick else 600, arguments.seed)
     agents = {arm: agent(thinker, head, arm) for arm in ARMS}
     runs: dict[str, list[Run]] = {arm: [] for arm in ARMS}
     for _, question, answer in rows:
