@@ -71,17 +71,23 @@ def prefill(
 _Left = list[tuple[Usage, Prefix | None]]
 
 
-def _passed(
+def head_vectors(
     router: Router, head: DifficultyHead, requests: Sequence[Request]
-) -> tuple[list[Vectors | None], list[str | None], _Left]:
-    """The head's vectors of prompts whose caches are let go."""
+) -> tuple[list[Vectors | None], list[str | None]]:
+    """A head's vectors of prompts whose caches are let go, and by prompt why there is none."""
     bases = [r.layout.base for r in requests]
-    vectors, faults = router.each(
+    return router.each(
         "a prompt's features",
         len(bases),
         lambda rows: router.engine.pool([bases[i] for i in rows], [head.spec], progress=False)[0],
     )
-    return vectors, faults, [(Usage(len(base), 0, len(base), 0), None) for base in bases]
+
+
+def _passed(
+    router: Router, head: DifficultyHead, requests: Sequence[Request]
+) -> tuple[list[Vectors | None], list[str | None], _Left]:
+    sizes = [len(r.layout.base) for r in requests]
+    return *head_vectors(router, head, requests), [(Usage(size, 0, size, 0), None) for size in sizes]
 
 
 def _kept(

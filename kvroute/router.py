@@ -16,7 +16,7 @@ from kvroute.errors import InvalidInputError
 from kvroute.generation import CancelToken, Message, Prompt, SamplingOptions, TokenIds, as_prompts
 from kvroute.heads.head import DifficultyHead
 from kvroute.policy import Policy, PolicyKind, policy_path
-from kvroute.prefilling import Prefilled, prefill
+from kvroute.prefilling import Prefilled, head_vectors, prefill
 from kvroute.route_steering import ClosingMark, Request, RouteSteer
 from kvroute.routed_answers import routed_answer, target_answer, with_confidence
 from kvroute.routed_stream import routed_pieces
@@ -182,18 +182,13 @@ class Router(Chooser):
         if self.served is not None:
             refuse(explain=explain, last=last)
             return served_decisions(self, requests)
-        bases = [r.layout.base for r in requests]
-        self.engine.check_lengths(bases)
+        self.engine.check_lengths([r.layout.base for r in requests])
         vectors: list[Vectors | None] | None = None
         faults: list[str | None] = []
         began = time.perf_counter()
         head = self.head
         if self.policy.reads_difficulty and head is not None and requests:
-            vectors, faults = self.each(
-                "a prompt's features",
-                len(bases),
-                lambda rows: self.engine.pool([bases[i] for i in rows], [head.spec], progress=False)[0],
-            )
+            vectors, faults = head_vectors(self, head, requests)
         self.choose(requests, vectors, faults=faults, explain=explain, began=began)
         return [r.decision for r in requests]
 
