@@ -14,6 +14,7 @@ from kvroute.label_rows import LabelMeta, LabelRow, Part, read_labels, write_met
 from kvroute.labelling import Labeller
 from kvroute.questions import Question, read_questions
 from kvroute.routing_intervals import Estimate
+from kvroute.routing_metrics import wilson
 from kvroute.rows import PartialRun
 
 ROOT = Path(__file__).parents[1]
@@ -35,6 +36,12 @@ def argument_parser(description: str | None) -> argparse.ArgumentParser:
 def engine(folder: str | Path | None = None) -> TransformersEngine:
     """The tiny thinker, with batches that suit its size."""
     return TransformersEngine.from_pretrained(str(folder or FOLDER / "model"), dtype="float32", token_budget=8192)
+
+
+def share(hits: Sequence[bool]) -> Figure:
+    """Share of true ones, with Wilson's interval."""
+    value = sum(hits) / len(hits)
+    return Figure(value, *wilson(value, len(hits)), None, None, len(hits))
 
 
 def figure(estimate: Estimate, must: str | None, rows: int) -> Figure:

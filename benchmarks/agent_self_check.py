@@ -26,7 +26,6 @@ from kvroute import DifficultyHead
 from kvroute.checkers import check
 from kvroute.confidence_maps import auroc
 from kvroute.routing_intervals import Resamples
-from kvroute.routing_metrics import wilson
 from langchain_kvroute import ChatKVRoute, SelfEvaluationCallbackHandler, SelfEvaluationMiddleware, self_evaluation
 
 THRESHOLD = 0.5
@@ -107,12 +106,6 @@ def area(values: list[float], right: list[bool], seed: int) -> Figure | None:
     return Figure(auroc(x, y), *(float(q) for q in np.quantile(drawn, [0.025, 0.975])), None, None, len(y))
 
 
-def share(hits: list[bool]) -> Figure:
-    """Share of true ones, with Wilson's interval."""
-    value = sum(hits) / len(hits)
-    return Figure(value, *wilson(value, len(hits)), None, None, len(hits))
-
-
 def main() -> None:
     arguments = _thinker.argument_parser(__doc__).parse_args()
     thinker = _thinker.engine(arguments.thinker)
@@ -133,7 +126,7 @@ def main() -> None:
 
     figures: dict[str, Figure] = {}
     for arm in ARMS:
-        figures[f"answers_right_{arm}"] = share([r.right for r in runs[arm]])
+        figures[f"answers_right_{arm}"] = _thinker.share([r.right for r in runs[arm]])
         figures[f"tokens_written_{arm}"] = figure(lambda mean, a=arm: mean(written[a]))
         figures[f"tokens_computed_{arm}"] = figure(lambda mean, a=arm: mean(computed[a]))
     figures["answers_right_gain_self_check"] = figure(lambda mean: mean(right["self_check"] - right["fast"]), ">= 0")
@@ -142,8 +135,8 @@ def main() -> None:
         figures[f"tokens_{kind}_self_check_of_slow"] = figure(
             lambda mean, t=tokens: mean(t["self_check"]) / mean(t["slow"])
         )
-    figures["retried"] = share([r.retried for r in runs["self_check"]])
-    figures["right_answers_retried"] = share(
+    figures["retried"] = _thinker.share([r.retried for r in runs["self_check"]])
+    figures["right_answers_retried"] = _thinker.share(
         [r.retried for r, f in zip(runs["self_check"], runs["fast"], strict=True) if f.right]
     )
     for name, kept in (("agent", {k for k, *_ in rows}), ("thinking_questions", {"run", "map", "top", "draw"})):
@@ -152,8 +145,10 @@ def main() -> None:
         if found is not None:
             figures[f"confidence_auroc_{name}"] = found
     tools = [r for (k, *_), r in zip(rows, runs["fast"], strict=True) if k == "tool"]
-    figures["tool_answers_below_threshold"] = share([r.confidence is None or r.confidence < THRESHOLD for r in tools])
-    figures["tool_called_where_needed"] = share([r.called for r in tools])
+    figures["tool_answers_below_threshold"] = _thinker.share(
+        [r.confidence is None or r.confidence < THRESHOLD for r in tools]
+    )
+    figures["tool_called_where_needed"] = _thinker.share([r.called for r in tools])
     kinds = sorted({k for k, *_ in rows})
     print(figure_table(figures), "\n")
     print(

@@ -13,18 +13,11 @@ import re
 from collections import defaultdict
 
 import _thinker
-from _harness import Figure, figure_table, finish
+from _harness import figure_table, finish
 from kvroute import Router, SamplingOptions
 from kvroute.checkers import check
-from kvroute.routing_metrics import wilson
 
 CALL = re.compile(r"<tool_call>\n(\{.*\})\n</tool_call>")
-
-
-def share(hits: list[bool]) -> Figure:
-    """Share of true ones."""
-    value = sum(hits) / len(hits)
-    return Figure(value, *wilson(value, len(hits)), None, None, len(hits))
 
 
 def main() -> None:
@@ -53,7 +46,7 @@ def main() -> None:
         given = json.loads(found[1])["arguments"] if found else None
         right["tool_call_expression"].append(given == chat[1]["tool_calls"][0]["function"]["arguments"])
         right["tool_result_said"].append(answer.answer == f"it gives {result}.")
-    figures = {name: share(hits) for name, hits in sorted(right.items())}
+    figures = {name: _thinker.share(hits) for name, hits in sorted(right.items())}
     print(figure_table(figures))
     finish(
         arguments,
