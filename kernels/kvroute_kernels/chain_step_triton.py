@@ -36,6 +36,7 @@ from kvroute_kernels.paged_pool_triton import paged_pool_triton
 from kvroute_kernels.planes import Planes, planes_of
 from kvroute_kernels.reading_triton import TRITON_DTYPES, at_most, load_numbers, needs_e4m3_bits
 from kvroute_kernels.view import KVView, KVViewError
+from kvroute_kernels.workspace import Workspace
 
 RUN = 32
 """New tokens that one program takes."""
@@ -366,10 +367,11 @@ def paged_chain_step_triton(
     stop: Sequence[int],
     layers: Sequence[int],
     layer_sums: bool,
+    workspace: Workspace | None = None,
 ) -> ChainSteps:
-    """:func:`~kvroute_kernels.paged_chain_step` by the kernels. Checks the page tables, so the host waits for them
-    once; a step that must not wait uses :class:`PagedChain`."""
-    chain = PagedChain(view.lengths.device)
+    """:func:`~kvroute_kernels.paged_chain_step` by the kernels. Checks the page tables: where the view has no copy of
+    them on the host, the host waits for them once. A step in a CUDA graph uses :class:`PagedChain`."""
+    chain = PagedChain(view.lengths.device) if workspace is None else workspace.chain(view.lengths.device)
     chain.stage(view, rows, start, stop, layers, state, sums=layer_sums)
     check_held(view, layers, np.asarray(start, dtype=np.int64), np.asarray(stop, dtype=np.int64))
     chain.launch(state)
@@ -383,7 +385,7 @@ def paged_chain_step_triton(
         sums[none] = 0.0
     if many:  # chunks: their sums are split over many programs
         low, high = [start[i] for i in many], [stop[i] for i in many]
-        pooled = paged_pool_triton(view.select_sequences(many), layers, low, high, "kv", None)
+        pooled = paged_pool_triton(view.select_sequences(many), layers, low, high, "kv", None, workspace)
         assert pooled.keys is not None
         assert pooled.values is not None
         sums[many] = torch.cat([pooled.keys.flatten(2), pooled.values.flatten(2)], dim=2)

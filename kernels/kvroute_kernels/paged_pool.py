@@ -18,6 +18,7 @@ from torch import Tensor
 from kvroute_kernels.dispatch import Backend, run
 from kvroute_kernels.ordered_sum import ordered_sum
 from kvroute_kernels.view import KVGroup, KVView, KVViewError
+from kvroute_kernels.workspace import Workspace
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +45,7 @@ def paged_pool(
     part: Literal["k", "v", "kv"] = "kv",
     weights: Sequence[Tensor] | None = None,
     backend: Backend | None = None,
+    workspace: Workspace | None = None,
 ) -> PooledSums:
     """Sum keys and values over tokens ``start..stop`` of every sequence.
 
@@ -55,6 +57,7 @@ def paged_pool(
         part: which of keys and values.
         weights: by sequence ``[stop - start]``, a weight for every token of the range.
         backend: see :func:`kvroute_kernels.choose`.
+        workspace: buffers to use again; then the sums may lie in them until the next call.
 
     Returns:
         the sums. An empty range sums to zero with weight 0.
@@ -70,7 +73,7 @@ def paged_pool(
     def triton() -> PooledSums:
         from kvroute_kernels.paged_pool_triton import paged_pool_triton
 
-        return paged_pool_triton(view, chosen, low, high, part, weights)
+        return paged_pool_triton(view, chosen, low, high, part, weights, workspace)
 
     def native() -> PooledSums | None:
         from kvroute_kernels.paged_pool_native import can_pool, paged_pool_native

@@ -36,6 +36,7 @@ from kvroute_kernels.paged_pool import PooledSums
 from kvroute_kernels.planes import Planes, planes_of
 from kvroute_kernels.reading_triton import TRITON_DTYPES, at_most, load_numbers, needs_e4m3_bits
 from kvroute_kernels.view import KVView, KVViewError
+from kvroute_kernels.workspace import Workspace
 
 SPLIT = 256
 """Tokens of a sequence that one program adds up. Part of what decides a sum's bits."""
@@ -169,10 +170,11 @@ def paged_pool_triton(
     stop: Sequence[int],
     part: Literal["k", "v", "kv"],
     weights: Sequence[Tensor] | None,
+    workspace: Workspace | None = None,
 ) -> PooledSums:
-    """:func:`~kvroute_kernels.paged_pool` by the kernels. Checks the page tables, so the host waits for them once; a
-    step that must not wait uses :class:`PagedPool`."""
-    pool = PagedPool(view.lengths.device)
+    """:func:`~kvroute_kernels.paged_pool` by the kernels. Checks the page tables: where the view has no copy of them on
+    the host, the host waits for them once. A step in a CUDA graph uses :class:`PagedPool`."""
+    pool = PagedPool(view.lengths.device) if workspace is None else workspace.pool(view.lengths.device)
     pool.stage(view, layers, start, stop, part=part, weights=weights)
     check_held(view, layers, np.asarray(start, dtype=np.int64), np.asarray(stop, dtype=np.int64))
     pool.launch()

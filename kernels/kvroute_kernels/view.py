@@ -56,9 +56,9 @@ class PageTable:
         pages: ``[B, M]`` int64, page index of every column; -1 where there is none (absent).
         offset: ``[B]`` int64, slot of token 0: token t lies in slot ``t + offset``. Left padding makes it
             positive, a window that dropped its first tokens makes it negative.
-        first: ``[B]`` int64, first token that is held; 0 unless the layers hold a window only. host: the same three
-        in the host's memory, so that nothing waits for a GPU to look at them; None where they are not
-            at hand.
+        first: ``[B]`` int64, first token that is held; 0 unless the layers hold a window only.
+        host: the same three in the host's memory, so that nothing waits for a GPU to look at them; None where they are
+            not at hand.
     """
 
     pages: Tensor
@@ -125,6 +125,7 @@ class KVView:
         groups: the layers, grouped by geometry and storage; together they hold every index 0..L-1 or
             those of a run that stopped early.
         lengths: ``[B]`` int64, true tokens of each sequence (padding not counted).
+        host_lengths: the same as a list, where they are at hand: else the host waits for them.
 
     Raises:
         KVViewError: shapes, dtypes or tables that do not fit together.
@@ -132,7 +133,7 @@ class KVView:
 
     __slots__ = ("_by_layer", "groups", "host_lengths", "lengths")
 
-    def __init__(self, groups: Sequence[KVGroup], lengths: Tensor) -> None:
+    def __init__(self, groups: Sequence[KVGroup], lengths: Tensor, host_lengths: Sequence[int] | None = None) -> None:
         if lengths.ndim != 1 or lengths.dtype != torch.int64:
             raise KVViewError(f"lengths must be int64 [B], not {lengths.dtype} {list(lengths.shape)}.")
         by_layer: dict[int, tuple[KVGroup, int]] = {}
@@ -156,7 +157,9 @@ class KVView:
                 by_layer[layer] = (group, place)
         self.groups = tuple(groups)
         self.lengths = lengths
-        self.host_lengths: list[int] = lengths.tolist()
+        self.host_lengths: list[int] = lengths.tolist() if host_lengths is None else list(host_lengths)
+        if len(self.host_lengths) != batch:
+            raise KVViewError(f"{len(self.host_lengths)} lengths on the host for {batch} sequences.")
         self._by_layer = by_layer
 
     # ------------------------------------------------------------------ constructors
@@ -320,7 +323,9 @@ class KVView:
             if id(g.table) not in tables:
                 tables[id(g.table)] = g.table.select(index)
             groups.append(replace(g, table=tables[id(g.table)]))
-        return KVView(groups, self.lengths[index.to(self.lengths.device)])
+        return KVView(
+            groups, self.lengths[index.to(self.lengths.device)], [self.host_lengths[i] for i in index.tolist()]
+        )
 
     def split_layers(self, layers: Sequence[int]) -> list[tuple[KVGroup, list[int], list[int]]]:
         """The groups that hold ``layers``: (group, places in the group, places in ``layers``)."""

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kvroute_kernels import ChainTensors, KVView, choose, paged_chain_step, paged_pool
+from kvroute_kernels import ChainTensors, KVView, Workspace, choose, paged_chain_step, paged_pool
 
 
 class Runs(NamedTuple):
@@ -62,9 +62,15 @@ def runs_of(sequence: Tensor, position: Tensor, signs: Tensor) -> Runs:
 
 
 def sums_of_runs(
-    view: KVView, runs: Runs, rows: Sequence[int], layers: Sequence[int], part: Literal["k", "v", "kv"]
+    view: KVView,
+    runs: Runs,
+    rows: Sequence[int],
+    layers: Sequence[int],
+    part: Literal["k", "v", "kv"],
+    workspace: Workspace | None = None,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Weighted sums of the runs' keys and of their values by request, ``[rows, layers, H, D]`` float32."""
+    """Weighted sums of the runs' keys and of their values by request, ``[rows, layers, H, D]`` float32, copied out of
+    the workspace."""
     place = {row: i for i, row in enumerate(rows)}
     plain = all(bool((w == 1).all()) for w in runs.weights)
     sums = paged_pool(
@@ -74,6 +80,7 @@ def sums_of_runs(
         stop=runs.stop,
         part=part,
         weights=None if plain else runs.weights,
+        workspace=workspace,
     )
     found: list[Tensor | None] = []
     for x in (sums.keys, sums.values):
@@ -90,7 +97,13 @@ def sums_of_runs(
 
 
 def feed_chains(
-    view: KVView, state: ChainTensors, rows: Sequence[int], slots: Sequence[int], start: Sequence[int], layers: int
+    view: KVView,
+    state: ChainTensors,
+    rows: Sequence[int],
+    slots: Sequence[int],
+    start: Sequence[int],
+    layers: int,
+    workspace: Workspace | None = None,
 ) -> tuple[Tensor, list[Tensor]]:
     """Feed the tokens ``start..`` of some of the view's sequences to the chains ``slots``.
 
@@ -100,7 +113,7 @@ def feed_chains(
     """
     some = view.select_sequences(rows)
     chosen = list(range(layers))
-    steps = paged_chain_step(some, state, slots, start, some.host_lengths, chosen, layer_sums=True)
+    steps = paged_chain_step(some, state, slots, start, some.host_lengths, chosen, layer_sums=True, workspace=workspace)
     assert steps.layer_sums is not None
     keys = view.groups[0].keys
     size = keys.shape[2] * keys.shape[4]

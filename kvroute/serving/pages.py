@@ -164,7 +164,7 @@ def view_of(
             scales = (1.0, 1.0)
         groups.append(KVGroup(indices, keys, values, table, layer.window, *scales))
     device = whole[0].keys.device if whole else torch.device("cpu")
-    return KVView(groups, torch.tensor(list(lengths), dtype=torch.int64, device=device))
+    return KVView(groups, torch.tensor(list(lengths), dtype=torch.int64, device=device), list(lengths))
 
 
 def _page_table(

@@ -24,11 +24,12 @@ from kvroute.serving.answers import public_text
 from kvroute.serving.asks import Ask, vectors_of
 from kvroute.serving.config import ServingConfig
 from kvroute.serving.forcing import BOARD, Board
+from kvroute.serving.host_copies import HostCopies
 from kvroute.serving.kernel_reading import Runs, feed_chains, runs_of, sums_of_runs, uses_kernels
 from kvroute.serving.looking import Gather, Looker
 from kvroute.serving.messages import Array, Norms, StepMeta, StepRequest, StepResults, Sums
 from kvroute.serving.pages import LayerPages, stack_pages, view_of
-from kvroute_kernels import ChainTensors, KVView, WindowError, prepare
+from kvroute_kernels import ChainTensors, KVView, WindowError, Workspace, prepare
 from kvroute_kernels.view import read_numbers
 
 _log = logging.getLogger(__name__)
@@ -196,6 +197,8 @@ class WorkerSide:
         )
         self._asked: dict[str, _Asked] = {}
         self._rows = _Rows()
+        self._workspace = Workspace()
+        self._copies = HostCopies()
         self._results: StepResults | None = None
         self._done: StepMeta | None = None
         self._logged = 0
@@ -294,6 +297,7 @@ class WorkerSide:
         try:
             with torch.inference_mode():  # as the engine: what is made in its mode can be changed in it alone
                 commit = self._read(requests)
+                self._copies.wait()
         except Exception as error:  # noqa: BLE001 - the engine must not see it
             if len(requests) > 1 and not self._touched:
                 self.failed(error)
@@ -337,7 +341,7 @@ class WorkerSide:
                 by_key.setdefault(key, []).append(i)
         for key, rows in by_key.items():
             spec = self._asked[requests[rows[0]].id].prompt[key]
-            sums = token_sums(
+            sums = token_sums(  # what lies in the workspace holds until the next key's sums
                 view.select_sequences(rows),
                 spec,
                 num_layers=self._num_layers,
@@ -345,12 +349,13 @@ class WorkerSide:
                 sif_weights=[torch.from_numpy(requests[i].weights[spec.sif_a][: requests[i].prompt_len]) for i in rows]
                 if spec.weights == "sif"
                 else None,
+                workspace=self._workspace,
             )
             results.sums[key] = Sums(
                 [requests[i].id for i in rows],
-                _numpy(sums.keys),
-                _numpy(sums.values),
-                sums.weight.double().cpu().numpy(),
+                self._numbers(sums.keys, lent=True),
+                self._numbers(sums.values, lent=True),
+                self._copies.take(sums.weight.double()),
             )
 
     def _feed(self, requests: Sequence[StepRequest], results: StepResults) -> None:
@@ -411,14 +416,15 @@ class WorkerSide:
         read: list[tuple[str, list[int], PoolingSpec, Runs, tuple[Tensor | None, Tensor | None]]] = []
         for key, rows, spec, signs in pooled:
             runs = runs_of(tokens.sequence, tokens.position, signs)
-            sums = sums_of_runs(view, runs, rows, spec.read_layers(self._num_layers), spec.part)
+            layers = spec.read_layers(self._num_layers)
+            sums = sums_of_runs(view, runs, rows, layers, spec.part, self._workspace)
             read.append((key, rows, spec, runs, sums))
         self._touched = True
         if chains:
             held = self._chain_tensors(view)
             low = [requests[i].low for i in chains]
             mine = slots[chains].tolist()
-            steps, by_layer = feed_chains(view, held, chains, mine, low, self._num_layers)
+            steps, by_layer = feed_chains(view, held, chains, mine, low, self._num_layers, self._workspace)
             spans = _square(held.last[mine] - held.first[mine])
             results.norms = self._norms(steps, spans, by_layer, requests, chains, slots[chains])
         for key, rows, spec, runs, sums in read:
@@ -520,7 +526,7 @@ class WorkerSide:
             place = mine.to(x.device)
             summed = state[place] + x
             state[place] = summed
-            out.append(_numpy(summed))
+            out.append(self._numbers(summed))
         total = self._rows.get(f"{key}|w", (), torch.float64, torch.device("cpu"))
         total[mine] += weight
         return Sums([requests[i].id for i in rows], out[0], out[1], total[mine].numpy())
@@ -609,11 +615,17 @@ class WorkerSide:
         return Norms(
             [requests[i].id for i in rows],
             np.array([requests[i].high - requests[i].low for i in rows], dtype=np.int64),
-            steps.cpu().numpy(),
-            spans.cpu().numpy(),
-            torch.stack([moves, norm[0] + norm[1]], dim=2).cpu().numpy(),
-            (span[0] + span[1]).cpu().numpy(),
+            self._copies.take(steps),
+            self._copies.take(spans),
+            self._copies.take(torch.stack([moves, norm[0] + norm[1]], dim=2)),
+            self._copies.take(span[0] + span[1]),
         )
+
+    def _numbers(self, x: Tensor | None, *, lent: bool = False) -> Array | None:
+        """On the host, in float32; what is lent by the workspace is copied."""
+        if x is None:
+            return None
+        return self._copies.take(x.to(torch.float32, copy=lent and x.device.type == "cpu"))
 
 
 def _among(sequence: Tensor, rows: Sequence[int]) -> Tensor:
@@ -656,7 +668,3 @@ def _tokens_of(cache: Tensor, page: Tensor, row: Tensor) -> Tensor:
 
 def _square(x: Tensor) -> Tensor:
     return x.double().square().sum(dim=-1)
-
-
-def _numpy(x: Tensor | None) -> Array | None:
-    return None if x is None else x.float().cpu().numpy()

@@ -56,6 +56,8 @@ def main(model: str, policies: str, out: str) -> None:
         found["scored"] = {n: [s.value, s.reason] for n, s in scored.scores.items()}
         routed = Router(engine, "policy").generate(CHATS, max_tokens=60)
         found["routed"] = [[r.text, r.decision.mode, r.usage.generated] for r in routed]
+        found["langchain"] = _langchain(engine)
+        found["llama_index"] = _llama_index(engine)
         found["refused"] = []
         for bad in (
             lambda: engine.generate("a" * 900, max_tokens=8),
@@ -67,6 +69,41 @@ def main(model: str, policies: str, out: str) -> None:
                 found["refused"].append(type(error).__name__)
     with open(out, "w") as file:
         json.dump(found, file)
+
+
+def _langchain(engine: Any) -> dict[str, Any]:
+    from langchain_kvroute import ChatKVRoute, KVRouteEmbeddings, kvroute_metadata
+
+    chat = ChatKVRoute(engine=engine, policy="policy", max_tokens=60)
+    answers = chat.batch(TEXTS)
+    streamed = list(chat.stream(TEXTS[0]))
+    later = asyncio.run(_invoked(chat))
+    embeddings = KVRouteEmbeddings(engine=engine, spec="best")
+    about = [kvroute_metadata(answer) or {} for answer in answers]
+    return {
+        "answers": [answer.text for answer in answers],
+        "modes": [a.get("mode") for a in about],
+        "faults": [a.get("faults") for a in about],
+        "streamed": "".join(piece.text for piece in streamed),
+        "later": later,
+        "usage": [dict(answer.usage_metadata or {}).get("output_tokens") for answer in answers],
+        "documents": embeddings.embed_documents(TEXTS),
+        "query": embeddings.embed_query(TEXTS[0]),
+    }
+
+
+async def _invoked(chat: Any) -> str:
+    return str((await chat.ainvoke(TEXTS[0])).text)
+
+
+def _llama_index(engine: Any) -> dict[str, Any]:
+    from llama_index.embeddings.kvroute import KVRouteEmbedding
+
+    embedding = KVRouteEmbedding(engine=engine, spec="best")
+    return {
+        "texts": embedding.get_text_embedding_batch(TEXTS),
+        "query": embedding.get_query_embedding(TEXTS[0]),
+    }
 
 
 async def _together(engine: Any) -> list[Any]:

@@ -179,3 +179,22 @@ def test_vllm_in_this_process(engine: TransformersEngine, policies: Path, tmp_pa
     routed = Router(engine, policies / "policy.json").generate(CHATS, max_tokens=60)
     assert found["routed"] == [[r.text, r.decision.mode, r.usage.generated] for r in routed]
     assert found["refused"] == ["TextTooLongError", "UnsupportedModelError"]
+    _adapters_agree(found, engine, policies / "policy.json")
+
+
+def _adapters_agree(found: dict[str, Any], engine: TransformersEngine, policy: Path) -> None:
+    """LangChain and LlamaIndex over the engine in process say what they say over transformers."""
+    from langchain_kvroute import ChatKVRoute, KVRouteEmbeddings, kvroute_metadata
+
+    theirs = found["langchain"]
+    mine = ChatKVRoute(engine=engine, policy=policy, max_tokens=60).batch(TEXTS)
+    assert theirs["answers"] == [answer.text for answer in mine]
+    assert theirs["modes"] == [(kvroute_metadata(answer) or {})["mode"] for answer in mine]
+    assert theirs["faults"] == [[]] * len(TEXTS)
+    assert theirs["usage"] == [(answer.usage_metadata or {})["output_tokens"] for answer in mine]
+    assert theirs["streamed"] == theirs["later"] == theirs["answers"][0]
+    embeddings = KVRouteEmbeddings(engine=engine, spec="best")
+    close(theirs["documents"], embeddings.embed_documents(TEXTS))
+    close(theirs["query"], embeddings.embed_query(TEXTS[0]))
+    assert found["llama_index"]["texts"] == theirs["documents"]  # the same vectors, by the same embedder
+    assert found["llama_index"]["query"] == theirs["query"]
