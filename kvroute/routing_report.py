@@ -5,15 +5,15 @@ Files are the same to the byte for the same rows and seed: no times, no machine,
 
 from __future__ import annotations
 
-import io
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kvroute._version import __version__
-from kvroute.errors import InvalidInputError, MissingExtraError
+from kvroute.errors import InvalidInputError
 from kvroute.files import write_whole
+from kvroute.reports.plots import MARKERS, line_style, new_figure, rendered
 from kvroute.routing_curves import Modes, Outcome, Sweep
 from kvroute.routing_intervals import (
     EqualAccuracy,
@@ -29,15 +29,10 @@ from kvroute.routing_intervals import (
 from kvroute.routing_metrics import DifficultyFigures
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
     from rich.table import Table
 
 REPORT, CURVES, RELIABILITY = "report.json", "curves", "reliability"
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-"""Okabe and Ito's palette, which colour-blind readers can tell apart; line styles and markers differ besides."""
-_LINES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (3, 3)), (0, (1, 1)))
-_MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 
 
 class RoutingReport:
@@ -230,9 +225,9 @@ def plot_curves(report: RoutingReport) -> Figure:
     Raises:
         MissingExtraError: matplotlib is not installed.
     """
-    figure, axes = _figure(8.0, 5.4)
+    figure, axes = new_figure(8.0, 5.4)
     for place, (name, curve) in enumerate(report.curves.items()):
-        colour, line = ("#7f7f7f", (0, (1, 2))) if name == "random" else _style(place - 1)
+        colour, line = ("#7f7f7f", (0, (1, 2))) if name == "random" else line_style(place - 1)
         low, high = report.resamples.band(curve.right)
         axes.fill_between(curve.mean_tokens, low, high, color=colour, alpha=0.10, linewidth=0)
         axes.plot(curve.mean_tokens, curve.accuracy, color=colour, linestyle=line, linewidth=1.7, label=name)
@@ -240,12 +235,12 @@ def plot_curves(report: RoutingReport) -> Figure:
     for place, (name, figures) in enumerate(report.figures.items()):
         x, y = figures.tokens, figures.accuracy
         chosen = name in report.curves
-        colour = _style(list(report.curves).index(name) - 1)[0] if chosen else "#333333"
+        colour = line_style(list(report.curves).index(name) - 1)[0] if chosen else "#333333"
         label = name if not chosen else None if labelled else "circles: threshold chosen on other rows"
         labelled = labelled or chosen
         axes.errorbar(
             [x.value or 0.0], [y.value or 0.0], xerr=_arms(x), yerr=_arms(y), color=colour,
-            marker="o" if chosen else _MARKERS[1 + place % (len(_MARKERS) - 1)], markersize=7, markeredgecolor="white",
+            marker="o" if chosen else MARKERS[1 + place % (len(MARKERS) - 1)], markersize=7, markeredgecolor="white",
             linestyle="none", elinewidth=1, label=label, zorder=5,
         )  # fmt: skip
     axes.set_xlabel("tokens a question")
@@ -261,16 +256,16 @@ def plot_reliability(difficulties: Mapping[str, DifficultyFigures]) -> Figure:
     Raises:
         MissingExtraError: matplotlib is not installed.
     """
-    figure, axes = _figure(7.0, 5.0)
+    figure, axes = new_figure(7.0, 5.0)
     axes.plot([0, 1], [0, 1], color="#7f7f7f", linestyle=(0, (1, 2)), linewidth=1, label="as said")
     shown = [(name, f) for name, f in difficulties.items() if f.reliability]
     for place, (name, f) in enumerate(shown):
-        colour, line = _style(place)
+        colour, line = line_style(place)
         x, y = [b.probability for b in f.reliability], [b.right for b in f.reliability]
         arms = [[b.right - b.right_low for b in f.reliability], [b.right_high - b.right for b in f.reliability]]
         axes.errorbar(
             x, y, yerr=_positive(arms) if place == 0 else None, color=colour, linestyle=line, linewidth=1.5,
-            marker=_MARKERS[place % len(_MARKERS)], markersize=5, elinewidth=1, capsize=2, label=name,
+            marker=MARKERS[place % len(MARKERS)], markersize=5, elinewidth=1, capsize=2, label=name,
         )  # fmt: skip
     axes.set_xlim(-0.02, 1.02)
     axes.set_ylim(-0.02, 1.02)
@@ -278,48 +273,6 @@ def plot_reliability(difficulties: Mapping[str, DifficultyFigures]) -> Figure:
     axes.set_ylabel("share of right fast answers")
     axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False)
     return figure
-
-
-def rendered(figure: Figure, suffix: str) -> bytes:
-    """A figure as ``png`` or ``svg``, without a date: the same figure gives the same bytes."""
-    import matplotlib as mpl
-
-    out = io.BytesIO()
-    metadata = {"Software": None} if suffix == "png" else {"Date": None, "Creator": None}
-    with mpl.rc_context({"svg.hashsalt": "kvroute"}):
-        figure.savefig(out, format=suffix, dpi=150, metadata=metadata)
-    return out.getvalue()
-
-
-def require_matplotlib() -> None:
-    """Ask for the plots' package before long work.
-
-    Raises:
-        MissingExtraError: matplotlib is not installed.
-    """
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError as error:
-        raise MissingExtraError("matplotlib", "eval") from error
-
-
-def _figure(width: float, height: float) -> tuple[Figure, Axes]:
-    require_matplotlib()
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, height), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
-    axes.grid(color="#dddddd", linewidth=0.6)
-    axes.set_axisbelow(True)
-    for side in ("top", "right"):
-        axes.spines[side].set_visible(False)
-    return figure, axes
-
-
-def _style(place: int) -> tuple[str, Any]:
-    return _COLOURS[place % len(_COLOURS)], _LINES[place % len(_LINES)]
 
 
 def _arms(estimate: Estimate) -> list[list[float]] | None:

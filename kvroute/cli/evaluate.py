@@ -48,9 +48,10 @@ def command(
     require_caches(engine_name, "kvroute evaluate")
     from kvroute.heads import DifficultyHead
     from kvroute.label_rows import read_labels
+    from kvroute.reports.plots import require_matplotlib
     from kvroute.routing_baselines import EvaluationRows, check_baselines
     from kvroute.routing_evaluation import evaluate_head
-    from kvroute.routing_report import REPORT, require_matplotlib
+    from kvroute.routing_report import REPORT
 
     require_matplotlib()
     names = None if baselines is None else [] if baselines == "none" else names_in(baselines)
