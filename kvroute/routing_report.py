@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from kvroute._version import __version__
 from kvroute.errors import InvalidInputError
@@ -140,37 +140,58 @@ class RoutingReport:
             found["curve"] = _curve(self.curves[name], self.resamples)
         return found
 
+    def policy_rows(self) -> tuple[list[str], list[list[str | None]]]:
+        """Columns and rows of the table of policies; None where a figure is not defined."""
+        at = f"tokens at slow - {self.points:g} pt"
+        columns = ["policy", "accuracy", "tokens", "of the oracle's", at, "of the oracle's", "gap recovered"]
+        rows = []
+        for name in self._names():
+            point, equal, gap = self.figures.get(name), self.equal.get(name), self.gaps.get(name)
+            rows.append(
+                [
+                    name,
+                    None if point is None else _shown(point.accuracy, 3),
+                    None if point is None else _shown(point.tokens, 1),
+                    None if point is None else _shown(point.of_oracle, 2),
+                    None if equal is None else _shown(equal.tokens, 1),
+                    None if equal is None else _shown(equal.of_oracle, 2),
+                    None if gap is None else _shown(gap, 3),
+                ]
+            )
+        return columns, rows
+
+    def difficulty_rows(self) -> tuple[list[str], list[list[str | None]]]:
+        """Columns and rows of the table of difficulties, as :meth:`policy_rows`."""
+        columns = ["difficulty", "AUROC fast is right", "AUROC only slow is right", "MAE", "calibration error"]
+        rows = [
+            [
+                name,
+                _shown(f.auroc_fast_right, 3),
+                _shown(f.auroc_only_slow_right, 3),
+                _shown(f.mae, 1),
+                None if f.calibration_error is None else f"{f.calibration_error:.3f}",
+            ]
+            for name, f in self.difficulties.items()
+        ]
+        return columns, rows
+
     def tables(self) -> list[Table]:
         """For a terminal: policies, and difficulties where there are any."""
         from rich.table import Table
 
-        at = f"tokens at slow - {self.points:g} pt"
-        policies = Table(title=f"Policies on {len(self.modes)} rows, {100 * self.resamples.level:g} % intervals")
-        for heading in ("policy", "accuracy", "tokens", "of the oracle's", at, "of the oracle's", "gap recovered"):
-            policies.add_column(heading, overflow="fold")
-        for name in self._names():
-            point, equal, gap = self.figures.get(name), self.equal.get(name), self.gaps.get(name)
-            policies.add_row(
-                name,
-                "" if point is None else _shown(point.accuracy, 3),
-                "" if point is None else _shown(point.tokens, 1),
-                "" if point is None else _shown(point.of_oracle, 2),
-                "" if equal is None else _shown(equal.tokens, 1),
-                "" if equal is None else _shown(equal.of_oracle, 2),
-                "" if gap is None else _shown(gap, 3),
-            )
-        if not self.difficulties:
-            return [policies]
-        told = Table(title="How well the difficulty tells")
-        headings = ("difficulty", "AUROC fast is right", "AUROC only slow is right", "MAE", "calibration error")
-        for heading in headings:
-            told.add_column(heading, overflow="fold")
-        for name, f in self.difficulties.items():
-            error = "-" if f.calibration_error is None else f"{f.calibration_error:.3f}"
-            told.add_row(
-                name, _shown(f.auroc_fast_right, 3), _shown(f.auroc_only_slow_right, 3), _shown(f.mae, 1), error
-            )
-        return [policies, told]
+        title = f"Policies on {len(self.modes)} rows, {100 * self.resamples.level:g} % intervals"
+        shown = [(title, *self.policy_rows())]
+        if self.difficulties:
+            shown.append(("How well the difficulty tells", *self.difficulty_rows()))
+        tables = []
+        for title, columns, rows in shown:
+            table = Table(title=title)
+            for heading in columns:
+                table.add_column(heading, overflow="fold")
+            for row in rows:
+                table.add_row(*("" if cell is None else cell for cell in row))
+            tables.append(table)
+        return tables
 
     def save(self, folder: str | Path) -> list[Path]:
         """Write ``report.json``, and the plots as PNG and SVG.
@@ -208,9 +229,9 @@ def _curve(curve: Sweep, resamples: Resamples) -> dict[str, list[float] | None]:
     }
 
 
-def _shown(estimate: Estimate, digits: int) -> str:
+def _shown(estimate: Estimate, digits: int) -> str | None:
     if estimate.value is None:
-        return "-"
+        return None
     if estimate.low is None or estimate.high is None:
         return f"{estimate.value:.{digits}f}"
     return f"{estimate.value:.{digits}f} [{estimate.low:.{digits}f}, {estimate.high:.{digits}f}]"
@@ -219,13 +240,17 @@ def _shown(estimate: Estimate, digits: int) -> str:
 # ---------------------------------------------------------------------- plots
 
 
-def plot_curves(report: RoutingReport) -> Figure:
+Legend = Literal["right", "below"]
+"""Where a plot's legend stands: beside it, or under it, which suits narrow pages."""
+
+
+def plot_curves(report: RoutingReport, *, legend: Legend = "right") -> Figure:
     """Accuracy over tokens a question: curves with bands, points with bars.
 
     Raises:
         MissingExtraError: matplotlib is not installed.
     """
-    figure, axes = new_figure(8.0, 5.4)
+    figure, axes = new_figure(*((8.0, 5.4) if legend == "right" else (6.6, 5.4)))
     for place, (name, curve) in enumerate(report.curves.items()):
         colour, line = ("#7f7f7f", (0, (1, 2))) if name == "random" else line_style(place - 1)
         low, high = report.resamples.band(curve.right)
@@ -246,17 +271,17 @@ def plot_curves(report: RoutingReport) -> Figure:
     axes.set_xlabel("tokens a question")
     axes.set_ylabel("accuracy")
     axes.set_title(f"Accuracy over tokens, {len(report.modes)} rows, {100 * report.resamples.level:g} % intervals")
-    axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False)
+    _legend(figure, legend)
     return figure
 
 
-def plot_reliability(difficulties: Mapping[str, DifficultyFigures]) -> Figure:
+def plot_reliability(difficulties: Mapping[str, DifficultyFigures], *, legend: Legend = "right") -> Figure:
     """Share of right fast answers over the probability that was said, with Wilson's intervals.
 
     Raises:
         MissingExtraError: matplotlib is not installed.
     """
-    figure, axes = new_figure(7.0, 5.0)
+    figure, axes = new_figure(*((7.0, 5.0) if legend == "right" else (6.0, 5.0)))
     axes.plot([0, 1], [0, 1], color="#7f7f7f", linestyle=(0, (1, 2)), linewidth=1, label="as said")
     shown = [(name, f) for name, f in difficulties.items() if f.reliability]
     for place, (name, f) in enumerate(shown):
@@ -271,8 +296,17 @@ def plot_reliability(difficulties: Mapping[str, DifficultyFigures]) -> Figure:
     axes.set_ylim(-0.02, 1.02)
     axes.set_xlabel("probability that fast is right, as said")
     axes.set_ylabel("share of right fast answers")
-    axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False)
+    _legend(figure, legend)
     return figure
+
+
+def _legend(figure: Figure, place: Legend) -> None:
+    axes = figure.axes[0]
+    if place == "right":
+        axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False)
+    else:
+        handles, labels = axes.get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside lower center", ncols=3, fontsize=9, frameon=False)
 
 
 def _arms(estimate: Estimate) -> list[list[float]] | None:

@@ -17,7 +17,7 @@ from html import escape
 from importlib.resources import files
 from numbers import Integral, Real
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from kvroute.errors import InvalidInputError
 from kvroute.files import write_whole
@@ -31,6 +31,10 @@ Cell = str | float | int | None
 """What stands in a table; None is a cell without a value."""
 _NONE = "–"
 _LEADING = re.compile(r"\s*([-+−]?\d[\d,]*(?:\.\d+)?(?:[eE][-+]?\d+)?|[-+−]?\.\d+)(?![\w.])")
+_REM = 7
+"""Width of a plot's inch on a page that is wide enough."""
+_LABEL = 24
+"""Characters up to which a column's texts are not broken."""
 _DIGITS = 3
 """Significant digits of a column's largest number."""
 
@@ -82,7 +86,7 @@ class ReportPage:
                     f"Row {place} of the table {heading!r} has {len(row)} cells for {len(columns)} columns."
                 )
         told = [[_valued(row[c]) for row in rows] for c in range(len(columns))]
-        classes = ["number" if _numeric(column) else "text" for column in told]
+        classes = [_kind(column) for column in told]
         decimals = [_decimals(column) for column in told]
         head = "".join(
             f'<th scope="col" class="{kind}" aria-sort="none"><button type="button">{escape(name)}</button></th>'
@@ -108,7 +112,7 @@ class ReportPage:
         """
         drawn = inline_svg(figure, f"p{len(self._parts) + 1}")
         self._colours.update(drawn.colours)
-        width = f"{figure.get_figwidth() * 6:g}rem"
+        width = f"{figure.get_figwidth() * _REM:g}rem"
         svg = drawn.text.replace("<svg ", f'<svg role="img" aria-label="{escape(heading)}" ', 1)
         kind = "plot fixed" if drawn.fixed else "plot"
         shown = _scrolling(heading, f'<div class="{kind}" style="--width: {width}">{svg}</div>')
@@ -230,9 +234,12 @@ def _number(cell: Cell) -> float | None:
     return None if found is None else float(found[1].replace(",", "").replace("−", "-"))
 
 
-def _numeric(column: Sequence[Cell]) -> bool:
+def _kind(column: Sequence[Cell]) -> Literal["number", "label", "text"]:
+    """How a column is set: numbers to the right, short texts unbroken, others broken where they must be."""
     held = [cell for cell in column if cell is not None]
-    return bool(held) and all(_number(cell) is not None for cell in held)
+    if held and all(_number(cell) is not None for cell in held):
+        return "number"
+    return "label" if all(len(str(cell)) <= _LABEL for cell in held) else "text"
 
 
 def _decimals(column: Sequence[Cell]) -> int:

@@ -131,7 +131,8 @@ def test_numbers_are_shown_alike_and_sort_by_their_value() -> None:
         ("number", 'data-number="12345"', "12,345"),
         ("number", "data-none", "–"),
     ]
-    assert cells([["a1"], ["7b"], [True]]) == [("text", "", "a1"), ("text", "", "7b"), ("text", "", "yes")]
+    assert cells([["a1"], ["7b"], [True]]) == [("label", "", "a1"), ("label", "", "7b"), ("label", "", "yes")]
+    assert [c[0] for c in cells([["word"], ["a text that is long enough to be broken"]])] == ["text", "text"]
 
 
 def test_columns_sort_by_a_button_that_says_how() -> None:
