@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from kvroute._version import __version__
-from kvroute.cli import ask, calibrate, embed, evaluate, info, label, route, score, serve, train
+from kvroute.cli import ask, calibrate, doctor, embed, evaluate, info, label, route, score, serve, train
 from kvroute.cli.common import close_engines, remember_command
 from kvroute.errors import KVRouteError
 
@@ -21,6 +21,7 @@ app = typer.Typer(
     rich_markup_mode="rich",
 )
 app.command("info")(info.command)
+app.command("doctor")(doctor.command)
 app.command("embed")(embed.command)
 app.command("label")(label.command)
 app.command("route")(route.command)

@@ -48,14 +48,15 @@ def routing_page(report: RoutingReport, *, command: str | None = None) -> Report
     page.add_table(
         "Policies", columns, rows,
         note=f"In brackets {level} (paired bootstrap over rows). Thresholds were chosen on validation rows. Tokens at "
-        f"slow - {report.points:g} pt: what a policy needs for the accuracy of always slow minus {report.points:g} "
-        "points. Gap recovered: area under the curve between always fast and always slow; random has 0.5.",
+        f"slow - {report.points:g} pt: what a policy needs for the accuracy of always slow minus "
+        f"{_points(report.points)}. Gap recovered: area under the curve between always fast and always "
+        "slow; random has 0.5.",
     )  # fmt: skip
     if report.compared:
         page.add_table(
             "Side by side", *_compared(report.compared),
             note=f"Paired {level}. Ratio and difference are of the tokens at the accuracy of always slow minus "
-            f"{report.points:g} points: a ratio whose interval lies below 1 means fewer tokens.",
+            f"{_points(report.points)}: a ratio whose interval lies below 1 means fewer tokens.",
         )  # fmt: skip
     if report.difficulties:
         columns, rows = report.difficulty_rows()
@@ -121,7 +122,7 @@ def _summary(report: RoutingReport, name: str | None) -> str:
             others = [c["b"] for c in report.compared if c["a"] == name and _verdict(c["tokens_ratio"]) == verdict]
             if others:
                 told.append(
-                    f"At the accuracy of always slow minus {report.points:g} points it needs {word} tokens than "
+                    f"At the accuracy of always slow minus {_points(report.points)} it needs {word} tokens than "
                     f"{', '.join(others)}."
                 )
     return " ".join(told)
@@ -158,3 +159,7 @@ def _interval(told: dict[str, float | None], digits: int) -> str | None:
     if value is None:
         return None
     return f"{value:.{digits}f}" + ("" if low is None or high is None else f" [{low:.{digits}f}, {high:.{digits}f}]")
+
+
+def _points(points: float) -> str:
+    return f"{points:g} point" + ("" if points == 1 else "s")
