@@ -4,6 +4,8 @@ SHELL := /bin/bash
 PYTHON ?= python3
 MODEL ?= smollm2
 QUICK ?=
+BASELINE ?=
+BENCH = $(if $(QUICK),--quick) $(if $(BASELINE),--baseline $(BASELINE))
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -88,11 +90,11 @@ format: $(VENV)/.test  ## let ruff format the code
 	@$(BIN)/ruff check --fix .
 	@$(BIN)/ruff format .
 
-bench: $(VENV)/.test  ## every script in benchmarks/ but those on vLLM (QUICK=1: under a minute each)
-	@for script in $(filter-out benchmarks/vllm_%,$(wildcard benchmarks/[a-z]*.py)); do echo "== $$script"; $(BIN)/python $$script $(if $(QUICK),--quick) || exit 1; done
+bench: $(VENV)/.test  ## every script in benchmarks/ but those on vLLM, and what moved since the last run (QUICK=1: under a minute each; BASELINE=<folder of a run>)
+	@$(BIN)/python benchmarks/run_all.py $(BENCH)
 
-bench-vllm: $(VLLM)/.done  ## the scripts on vLLM, about ten minutes each (QUICK=1: about one)
-	@for script in benchmarks/vllm_*.py; do echo "== $$script"; $(VLLM_BIN)/python $$script $(if $(QUICK),--quick) || exit 1; done
+bench-vllm: $(VLLM)/.done  ## the scripts on vLLM, about ten minutes each, and what moved (QUICK=1: about one)
+	@$(VLLM_BIN)/python benchmarks/run_all.py --vllm $(BENCH)
 
 clean:  ## remove what was built here
 	@rm -rf $(VENV) $(LOWER) $(VLLM) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -10,10 +10,7 @@ from __future__ import annotations
 
 import argparse
 import gc
-import importlib.metadata
 import json
-import os
-import platform
 import re
 import sys
 import time
@@ -22,6 +19,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+
+from kvroute.installed import machine, versions
 
 Side = Callable[[], object]
 Clock = Callable[[], float]
@@ -265,38 +264,10 @@ def finish(
         "ok": False if False in judged else (None if None in judged or not judged else True),
         "baseline": baseline,
         "n": n,
-        "versions": versions(),
+        "versions": versions("python", "kvroute", "torch", "transformers", "sentence-transformers", "numpy"),
         "machine": machine(),
         "seed": arguments.seed,
     }
     sys.stdout.flush()
     if arguments.json:
         print(json.dumps(result, allow_nan=False), flush=True)
-
-
-def versions() -> dict[str, str]:
-    """Versions of what was measured with."""
-    found = {"python": platform.python_version()}
-    for distribution in ("kvroute", "torch", "transformers", "sentence-transformers", "numpy"):
-        try:
-            found[distribution] = importlib.metadata.version(distribution)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
-
-
-def machine() -> dict[str, Any]:
-    """Cores and CPU model."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return {"cores": cores, "cpu": _cpu_model()}
-
-
-def _cpu_model() -> str:
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8") as file:
-            for line in file:
-                if line.startswith("model name"):
-                    return line.split(":", 1)[1].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()

@@ -19,6 +19,8 @@ from kvroute.routing_curves import Modes
 from kvroute.routing_intervals import Estimate, Resamples
 
 _BINS = 10
+_COUNTED = 20
+"""Bins of difficulties, to be drawn."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +45,23 @@ class ReliabilityBin:
 
 
 @dataclass(frozen=True, slots=True)
+class DifficultyCounts:
+    """How many rows of each kind lie where, by difficulty.
+
+    Attributes:
+        edges: ``[bins + 1]``, of bins of equal width over [0, 100]; each holds its lower edge, the last one both.
+        fast: ``[bins]`` rows where fast is right.
+        only_slow: ``[bins]`` rows where only slow is right.
+        neither: ``[bins]`` rows where neither is.
+    """
+
+    edges: tuple[float, ...]
+    fast: tuple[int, ...]
+    only_slow: tuple[int, ...]
+    neither: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class DifficultyFigures:
     """How good a difficulty is on rows it was not trained on.
 
@@ -53,6 +72,7 @@ class DifficultyFigures:
         brier: mean squared error of the probability that fast is right.
         calibration_error: expected calibration error of that probability over 10 bins of equal width.
         reliability: the bins that hold a row.
+        counts: how the kinds of rows spread over the difficulty.
     """
 
     auroc_fast_right: Estimate
@@ -61,6 +81,7 @@ class DifficultyFigures:
     brier: Estimate | None
     calibration_error: float | None
     reliability: tuple[ReliabilityBin, ...]
+    counts: DifficultyCounts
 
     def to_dict(self) -> dict[str, object]:
         """For JSON."""
@@ -91,7 +112,15 @@ def difficulty_figures(
         brier=None if probability is None else resamples.estimate(lambda mean: mean((probability - right) ** 2)),
         calibration_error=None if probability is None else calibration_error(probability, right),
         reliability=() if probability is None else reliability(probability, right, level=resamples.level),
+        counts=_counts(difficulty, fast, slow),
     )
+
+
+def _counts(difficulty: Floats, fast: Bools, slow: Bools) -> DifficultyCounts:
+    edges = np.linspace(0, 100, _COUNTED + 1)
+    kinds = (fast, slow & ~fast, ~slow & ~fast)
+    told = [tuple(np.histogram(np.clip(difficulty[kind], 0, 100), edges)[0].tolist()) for kind in kinds]
+    return DifficultyCounts(tuple(edges.tolist()), *told)
 
 
 def fast_probability(difficulty: Floats, fast_right: Floats, *, fitted_on: Floats, minimum: int = 20) -> Floats | None:

@@ -5,15 +5,15 @@ Files are the same to the byte for the same rows and seed: no times, no machine,
 
 from __future__ import annotations
 
-import io
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from kvroute._version import __version__
-from kvroute.errors import InvalidInputError, MissingExtraError
+from kvroute.errors import InvalidInputError
 from kvroute.files import write_whole
+from kvroute.reports.plots import MARKERS, line_style, new_figure, rendered
 from kvroute.routing_curves import Modes, Outcome, Sweep
 from kvroute.routing_intervals import (
     EqualAccuracy,
@@ -29,15 +29,10 @@ from kvroute.routing_intervals import (
 from kvroute.routing_metrics import DifficultyFigures
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
     from rich.table import Table
 
 REPORT, CURVES, RELIABILITY = "report.json", "curves", "reliability"
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-"""Okabe and Ito's palette, which colour-blind readers can tell apart; line styles and markers differ besides."""
-_LINES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (3, 3)), (0, (1, 1)))
-_MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 
 
 class RoutingReport:
@@ -145,37 +140,58 @@ class RoutingReport:
             found["curve"] = _curve(self.curves[name], self.resamples)
         return found
 
+    def policy_rows(self) -> tuple[list[str], list[list[str | None]]]:
+        """Columns and rows of the table of policies; None where a figure is not defined."""
+        at = f"tokens at slow - {self.points:g} pt"
+        columns = ["policy", "accuracy", "tokens", "of the oracle's", at, "of the oracle's", "gap recovered"]
+        rows = []
+        for name in self._names():
+            point, equal, gap = self.figures.get(name), self.equal.get(name), self.gaps.get(name)
+            rows.append(
+                [
+                    name,
+                    None if point is None else _shown(point.accuracy, 3),
+                    None if point is None else _shown(point.tokens, 1),
+                    None if point is None else _shown(point.of_oracle, 2),
+                    None if equal is None else _shown(equal.tokens, 1),
+                    None if equal is None else _shown(equal.of_oracle, 2),
+                    None if gap is None else _shown(gap, 3),
+                ]
+            )
+        return columns, rows
+
+    def difficulty_rows(self) -> tuple[list[str], list[list[str | None]]]:
+        """Columns and rows of the table of difficulties, as :meth:`policy_rows`."""
+        columns = ["difficulty", "AUROC fast is right", "AUROC only slow is right", "MAE", "calibration error"]
+        rows = [
+            [
+                name,
+                _shown(f.auroc_fast_right, 3),
+                _shown(f.auroc_only_slow_right, 3),
+                _shown(f.mae, 1),
+                None if f.calibration_error is None else f"{f.calibration_error:.3f}",
+            ]
+            for name, f in self.difficulties.items()
+        ]
+        return columns, rows
+
     def tables(self) -> list[Table]:
         """For a terminal: policies, and difficulties where there are any."""
         from rich.table import Table
 
-        at = f"tokens at slow - {self.points:g} pt"
-        policies = Table(title=f"Policies on {len(self.modes)} rows, {100 * self.resamples.level:g} % intervals")
-        for heading in ("policy", "accuracy", "tokens", "of the oracle's", at, "of the oracle's", "gap recovered"):
-            policies.add_column(heading, overflow="fold")
-        for name in self._names():
-            point, equal, gap = self.figures.get(name), self.equal.get(name), self.gaps.get(name)
-            policies.add_row(
-                name,
-                "" if point is None else _shown(point.accuracy, 3),
-                "" if point is None else _shown(point.tokens, 1),
-                "" if point is None else _shown(point.of_oracle, 2),
-                "" if equal is None else _shown(equal.tokens, 1),
-                "" if equal is None else _shown(equal.of_oracle, 2),
-                "" if gap is None else _shown(gap, 3),
-            )
-        if not self.difficulties:
-            return [policies]
-        told = Table(title="How well the difficulty tells")
-        headings = ("difficulty", "AUROC fast is right", "AUROC only slow is right", "MAE", "calibration error")
-        for heading in headings:
-            told.add_column(heading, overflow="fold")
-        for name, f in self.difficulties.items():
-            error = "-" if f.calibration_error is None else f"{f.calibration_error:.3f}"
-            told.add_row(
-                name, _shown(f.auroc_fast_right, 3), _shown(f.auroc_only_slow_right, 3), _shown(f.mae, 1), error
-            )
-        return [policies, told]
+        title = f"Policies on {len(self.modes)} rows, {100 * self.resamples.level:g} % intervals"
+        shown = [(title, *self.policy_rows())]
+        if self.difficulties:
+            shown.append(("How well the difficulty tells", *self.difficulty_rows()))
+        tables = []
+        for title, columns, rows in shown:
+            table = Table(title=title)
+            for heading in columns:
+                table.add_column(heading, overflow="fold")
+            for row in rows:
+                table.add_row(*("" if cell is None else cell for cell in row))
+            tables.append(table)
+        return tables
 
     def save(self, folder: str | Path) -> list[Path]:
         """Write ``report.json``, and the plots as PNG and SVG.
@@ -213,9 +229,9 @@ def _curve(curve: Sweep, resamples: Resamples) -> dict[str, list[float] | None]:
     }
 
 
-def _shown(estimate: Estimate, digits: int) -> str:
+def _shown(estimate: Estimate, digits: int) -> str | None:
     if estimate.value is None:
-        return "-"
+        return None
     if estimate.low is None or estimate.high is None:
         return f"{estimate.value:.{digits}f}"
     return f"{estimate.value:.{digits}f} [{estimate.low:.{digits}f}, {estimate.high:.{digits}f}]"
@@ -224,15 +240,19 @@ def _shown(estimate: Estimate, digits: int) -> str:
 # ---------------------------------------------------------------------- plots
 
 
-def plot_curves(report: RoutingReport) -> Figure:
+Legend = Literal["right", "below"]
+"""Where a plot's legend stands: beside it, or under it, which suits narrow pages."""
+
+
+def plot_curves(report: RoutingReport, *, legend: Legend = "right") -> Figure:
     """Accuracy over tokens a question: curves with bands, points with bars.
 
     Raises:
         MissingExtraError: matplotlib is not installed.
     """
-    figure, axes = _figure(8.0, 5.4)
+    figure, axes = new_figure(*((8.0, 5.4) if legend == "right" else (6.6, 5.4)))
     for place, (name, curve) in enumerate(report.curves.items()):
-        colour, line = ("#7f7f7f", (0, (1, 2))) if name == "random" else _style(place - 1)
+        colour, line = ("#7f7f7f", (0, (1, 2))) if name == "random" else line_style(place - 1)
         low, high = report.resamples.band(curve.right)
         axes.fill_between(curve.mean_tokens, low, high, color=colour, alpha=0.10, linewidth=0)
         axes.plot(curve.mean_tokens, curve.accuracy, color=colour, linestyle=line, linewidth=1.7, label=name)
@@ -240,86 +260,53 @@ def plot_curves(report: RoutingReport) -> Figure:
     for place, (name, figures) in enumerate(report.figures.items()):
         x, y = figures.tokens, figures.accuracy
         chosen = name in report.curves
-        colour = _style(list(report.curves).index(name) - 1)[0] if chosen else "#333333"
+        colour = line_style(list(report.curves).index(name) - 1)[0] if chosen else "#333333"
         label = name if not chosen else None if labelled else "circles: threshold chosen on other rows"
         labelled = labelled or chosen
         axes.errorbar(
             [x.value or 0.0], [y.value or 0.0], xerr=_arms(x), yerr=_arms(y), color=colour,
-            marker="o" if chosen else _MARKERS[1 + place % (len(_MARKERS) - 1)], markersize=7, markeredgecolor="white",
+            marker="o" if chosen else MARKERS[1 + place % (len(MARKERS) - 1)], markersize=7, markeredgecolor="white",
             linestyle="none", elinewidth=1, label=label, zorder=5,
         )  # fmt: skip
     axes.set_xlabel("tokens a question")
     axes.set_ylabel("accuracy")
     axes.set_title(f"Accuracy over tokens, {len(report.modes)} rows, {100 * report.resamples.level:g} % intervals")
-    axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False)
+    _legend(figure, legend)
     return figure
 
 
-def plot_reliability(difficulties: Mapping[str, DifficultyFigures]) -> Figure:
+def plot_reliability(difficulties: Mapping[str, DifficultyFigures], *, legend: Legend = "right") -> Figure:
     """Share of right fast answers over the probability that was said, with Wilson's intervals.
 
     Raises:
         MissingExtraError: matplotlib is not installed.
     """
-    figure, axes = _figure(7.0, 5.0)
+    figure, axes = new_figure(*((7.0, 5.0) if legend == "right" else (6.0, 5.0)))
     axes.plot([0, 1], [0, 1], color="#7f7f7f", linestyle=(0, (1, 2)), linewidth=1, label="as said")
     shown = [(name, f) for name, f in difficulties.items() if f.reliability]
     for place, (name, f) in enumerate(shown):
-        colour, line = _style(place)
+        colour, line = line_style(place)
         x, y = [b.probability for b in f.reliability], [b.right for b in f.reliability]
         arms = [[b.right - b.right_low for b in f.reliability], [b.right_high - b.right for b in f.reliability]]
         axes.errorbar(
             x, y, yerr=_positive(arms) if place == 0 else None, color=colour, linestyle=line, linewidth=1.5,
-            marker=_MARKERS[place % len(_MARKERS)], markersize=5, elinewidth=1, capsize=2, label=name,
+            marker=MARKERS[place % len(MARKERS)], markersize=5, elinewidth=1, capsize=2, label=name,
         )  # fmt: skip
     axes.set_xlim(-0.02, 1.02)
     axes.set_ylim(-0.02, 1.02)
     axes.set_xlabel("probability that fast is right, as said")
     axes.set_ylabel("share of right fast answers")
-    axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False)
+    _legend(figure, legend)
     return figure
 
 
-def rendered(figure: Figure, suffix: str) -> bytes:
-    """A figure as ``png`` or ``svg``, without a date: the same figure gives the same bytes."""
-    import matplotlib as mpl
-
-    out = io.BytesIO()
-    metadata = {"Software": None} if suffix == "png" else {"Date": None, "Creator": None}
-    with mpl.rc_context({"svg.hashsalt": "kvroute"}):
-        figure.savefig(out, format=suffix, dpi=150, metadata=metadata)
-    return out.getvalue()
-
-
-def require_matplotlib() -> None:
-    """Ask for the plots' package before long work.
-
-    Raises:
-        MissingExtraError: matplotlib is not installed.
-    """
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError as error:
-        raise MissingExtraError("matplotlib", "eval") from error
-
-
-def _figure(width: float, height: float) -> tuple[Figure, Axes]:
-    require_matplotlib()
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, height), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
-    axes.grid(color="#dddddd", linewidth=0.6)
-    axes.set_axisbelow(True)
-    for side in ("top", "right"):
-        axes.spines[side].set_visible(False)
-    return figure, axes
-
-
-def _style(place: int) -> tuple[str, Any]:
-    return _COLOURS[place % len(_COLOURS)], _LINES[place % len(_LINES)]
+def _legend(figure: Figure, place: Legend) -> None:
+    axes = figure.axes[0]
+    if place == "right":
+        axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False)
+    else:
+        handles, labels = axes.get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside lower center", ncols=3, fontsize=9, frameon=False)
 
 
 def _arms(estimate: Estimate) -> list[list[float]] | None:

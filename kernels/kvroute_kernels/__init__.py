@@ -16,7 +16,7 @@ from kvroute_kernels.chain_step import (
     token_vectors,
 )
 from kvroute_kernels.difficulty_head import Difficulties, MLPHead, difficulty_head
-from kvroute_kernels.dispatch import Backend, KernelsUnavailableError, choose, prepare
+from kvroute_kernels.dispatch import Backend, KernelsUnavailableError, choose, explain, prepare
 from kvroute_kernels.paged_pool import PooledSums, paged_pool
 from kvroute_kernels.view import KVGroup, KVView, KVViewError, LayerKV, NonFiniteKVError, PageTable, WindowError
 from kvroute_kernels.workspace import Workspace
@@ -41,6 +41,7 @@ __all__ = [
     "chain_step",
     "choose",
     "difficulty_head",
+    "explain",
     "paged_chain_step",
     "paged_pool",
     "prepare",

@@ -43,31 +43,40 @@ _ALONE = 1 << 18
 """Bytes up to which a second thread costs more than it saves."""
 
 
+def compiler() -> str | None:
+    """The C++ compiler that is used: ``CXX``, ``g++`` or ``clang++``."""
+    return os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
+
+
+def folder() -> Path:
+    """Where compiled code is kept."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "kvroute" / "kernels"
+
+
 @functools.cache
 def library() -> ctypes.CDLL | None:
     """The compiled library, built at the first call; None where it can't be, which is said once."""
-    compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
-    if compiler is None:
+    found = compiler()
+    if found is None:
         _log.info("No C++ compiler: pooling on the CPU is torch's.")
         return None
     try:
-        return _loaded(compiler)
+        return _loaded(found)
     except (OSError, subprocess.SubprocessError) as error:
         detail = getattr(error, "stderr", None) or error
         _log.warning("The CPU's pooling can't be compiled, so torch does it: %s", str(detail).strip()[-500:])
         return None
 
 
-def _loaded(compiler: str) -> ctypes.CDLL:
+def _loaded(chosen: str) -> ctypes.CDLL:
     source = SOURCE.read_bytes()
-    digest = hashlib.sha256(b"\0".join([source, compiler.encode(), " ".join(FLAGS).encode(), _cpu()])).hexdigest()[:16]
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "kvroute" / "kernels"
-    path = folder / f"paged_pool_{digest}.so"
+    digest = hashlib.sha256(b"\0".join([source, chosen.encode(), " ".join(FLAGS).encode(), _cpu()])).hexdigest()[:16]
+    path = folder() / f"paged_pool_{digest}.so"
     if not path.exists():
-        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        with tempfile.TemporaryDirectory(dir=folder) as place:
+        folder().mkdir(parents=True, exist_ok=True, mode=0o700)
+        with tempfile.TemporaryDirectory(dir=folder()) as place:
             made = Path(place) / "made.so"
-            command = [compiler, *FLAGS, str(SOURCE), "-o", str(made)]
+            command = [chosen, *FLAGS, str(SOURCE), "-o", str(made)]
             subprocess.run(command, check=True, capture_output=True, text=True, timeout=300)
             os.replace(made, path)
     found = ctypes.CDLL(str(path))

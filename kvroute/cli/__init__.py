@@ -8,8 +8,8 @@ from typing import Annotated
 import typer
 
 from kvroute._version import __version__
-from kvroute.cli import ask, calibrate, embed, evaluate, info, label, route, score, serve, train
-from kvroute.cli.common import close_engines
+from kvroute.cli import ask, calibrate, doctor, embed, evaluate, info, label, route, score, serve, train
+from kvroute.cli.common import close_engines, remember_command
 from kvroute.errors import KVRouteError
 
 app = typer.Typer(
@@ -21,13 +21,14 @@ app = typer.Typer(
     rich_markup_mode="rich",
 )
 app.command("info")(info.command)
+app.command("doctor")(doctor.command)
 app.command("embed")(embed.command)
 app.command("label")(label.command)
 app.command("route")(route.command)
 app.command("score")(score.command)
 app.command("ask")(ask.command)
 app.command("calibrate")(calibrate.command)
-app.command("evaluate")(evaluate.command)
+app.add_typer(evaluate.app, name="evaluate")
 app.command("train")(train.command)
 app.command("serve", context_settings=serve.SETTINGS)(serve.command)
 
@@ -56,6 +57,7 @@ def _options(
 def main(arguments: list[str] | None = None) -> None:
     """Run a command. Exit codes: 0 done, 2 an input or an option that can't be used, 130 interrupted."""
     given = sys.argv[1:] if arguments is None else arguments
+    remember_command([str(word) for word in given])
     try:
         app(given)
     except KVRouteError as error:

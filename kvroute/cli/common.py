@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast
 
@@ -137,6 +138,19 @@ def load_calibrator(name: str | None, info: ModelInfo) -> ConfidenceCalibrator |
     if Path(name).is_file():
         return ConfidenceCalibrator.load(name, info)
     return ConfidenceCalibrator.by_name(name, info)
+
+
+_words: list[str] = []
+
+
+def remember_command(words: Sequence[str]) -> None:
+    """Keep the words that kvroute was called with, for reports."""
+    _words[:] = words
+
+
+def command_line() -> str:
+    """The command that runs, as a shell takes it."""
+    return shlex.join(["kvroute", *_words])
 
 
 def print_json(value: Any) -> None:

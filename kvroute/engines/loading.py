@@ -13,6 +13,11 @@ from kvroute.errors import InvalidInputError, KVRouteError, ModelLoadError, Unsu
 from kvroute.info import LayerInfo, ModelInfo, canonical_rope, sign_digest
 
 
+def default_device() -> str:
+    """Where a model goes that no device is named for: a GPU if there is one."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
 def load_model(
     id_or_path: str | Path,
     *,
@@ -51,7 +56,7 @@ def load_model(
             f"or one of {sorted(BUNDLED)}.",
         ) from error
     if device is None and "device_map" not in model_kwargs:
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+        device = default_device()
     if device is not None:
         try:
             model = model.to(device)

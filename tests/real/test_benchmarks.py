@@ -9,8 +9,12 @@ from pathlib import Path
 
 import pytest
 
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
+
+from run_all import scripts_in
+
 ROOT = Path(__file__).parents[2]
-SCRIPTS = sorted(p.name for p in (ROOT / "benchmarks").glob("[a-z]*.py") if not p.name.startswith("vllm_"))
+SCRIPTS = [p.name for p in scripts_in(ROOT / "benchmarks")]
 """Those on vLLM run where it is installed: ``tests/serving/test_load_and_faults.py``."""
 
 pytestmark = [pytest.mark.real, pytest.mark.slow]

@@ -39,7 +39,8 @@ def test_version_and_help(run: Run) -> None:
     assert run("--version") == (0, f"{__version__}\n", "")
     code, out, _ = run("--help")
     assert code == 0
-    assert all(c in out for c in ("info", "embed", "score", "ask", "calibrate"))
+    assert all(c in out for c in ("info", "embed", "score", "ask", "calibrate", "evaluate"))
+    assert "routing" in run("evaluate", "--help")[1]
 
 
 def test_info(run: Run, model: str, engine: TransformersEngine) -> None:

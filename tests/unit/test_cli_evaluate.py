@@ -56,8 +56,8 @@ Run = Callable[..., tuple[int, str, str]]
 
 def arguments(files: Path, model: str, *more: object, out: str = "report") -> list[object]:
     return [
-        "evaluate", files / "labels.jsonl", "--head", files / "heads/easy", "-o", files / out, "--model", model,
-        "--dtype", "float32", "--bootstrap", "200", *more,
+        "evaluate", "routing", files / "labels.jsonl", "--head", files / "heads/easy", "-o", files / out,
+        "--model", model, "--dtype", "float32", "--bootstrap", "200", *more,
     ]  # fmt: skip
 
 
@@ -90,11 +90,16 @@ def test_evaluate_judges_on_test_rows(
     assert found["policies"]["easy"]["at_equal_accuracy"]["tokens"] == pytest.approx(equal.tokens.to_dict())
     assert [c["b"] for c in found["compared"]] == ["length", "last-hidden", "tfidf", "random"]
     assert {Path(p).name for p in found["files"]} == {
-        "report.json", "curves.png", "curves.svg", "reliability.png", "reliability.svg",
+        "report.json", "curves.png", "curves.svg", "reliability.png", "reliability.svg", "report.html",
     }  # fmt: skip
     whole = json.loads((files / "report/report.json").read_text())
     assert whole["policies"]["easy"]["curve"]["tokens"][0] == pytest.approx(modes.fast.mean_tokens)
     assert "curve" not in found["policies"]["easy"]
+    page = (files / "report/report.html").read_text()
+    assert "<code>kvroute evaluate routing " in page
+    assert page.count("<svg ") == 3
+    assert f"{auroc.value:.3f} [" in page
+    assert "://" not in page
 
 
 def test_evaluate_again_gives_the_same_bytes(run: Run, files: Path, model: str) -> None:

@@ -170,7 +170,7 @@ def test_a_command_over_a_server(
         (["ask", "what?", "--engine", "vlm"], "transformers, vllm or an address"),
         (["ask", "what?", *engine, "--dtype", "float32"], "--dtype"),
         (["ask", "what?", *engine, "--device", "cpu"], "--device"),
-        (["evaluate", "l", "--head", "h", "--out", "o", *engine], "--engine transformers"),
+        (["evaluate", "routing", "l", "--head", "h", "--out", "o", *engine], "--engine transformers"),
         (["train", "l", "--out", "o", *engine], "--engine transformers"),
         (["calibrate", "--routing", "l", "--out", "o.json", *engine], "--engine transformers"),
     ):
