@@ -29,9 +29,7 @@ def plain_raises(match: re.Match[str]) -> str:
     indent, lines = match["indent"], match["body"].splitlines()
     sentences, errors = [], []
     for line in lines:
-        if ERROR.match(line):
-            errors.append(line)
-        elif errors and line.strip():  # goes on with the error before it
+        if ERROR.match(line) or (errors and line.strip()):
             errors.append(line)
         else:
             sentences.append(line.strip())

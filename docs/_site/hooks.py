@@ -20,7 +20,8 @@ LANGUAGES = {".py": "python", ".yaml": "yaml"}
 
 FORMULA = re.compile(r'<(?P<tag>div|span) class="arithmatex">\\[\[(](?P<tex>.*?)\\[\])]</(?P=tag)>', re.DOTALL)
 LINK = re.compile(
-    r"^```.*?^```$|`[^`\n]+`(?!\])|\[(?P<text>[^\]\n]*)\]\((?P<path>[^)#\s:]+)(?P<anchor>#[^)\s]*)?\)", re.MULTILINE | re.DOTALL
+    r"^```.*?^```$|`[^`\n]+`(?!\])|\[(?P<text>[^\]\n]*)\]\((?P<path>[^)#\s:]+)(?P<anchor>#[^)\s]*)?\)",
+    re.MULTILINE | re.DOTALL,
 )
 """A link within the repository; code is matched before it, and left."""
 

@@ -59,7 +59,7 @@ def test_every_public_name_is_in_the_reference_once() -> None:
     pages = "\n".join(p.read_text() for p in (ROOT / "docs" / "reference").glob("*.md"))
     found = Counter(re.findall(r"^::: (\S+)$", pages, re.MULTILINE))
     names = {f"{p}.{n}" for p in PUBLIC for n in importlib.import_module(p).__all__ if not n.startswith("__")}
-    assert set(found) == names
+    assert set(found) == names - {"kvroute.KVView"}  # told where it comes from, in kvroute_kernels
     assert max(found.values()) == 1
 
 
@@ -78,5 +78,7 @@ def test_links_lead_somewhere(page: Path) -> None:
 
 def test_the_architecture_names_files_that_exist() -> None:
     text = (ROOT / "docs" / "architecture.md").read_text()
-    for name in re.findall(r"`((?:kvroute|kernels|integrations|tests|benchmarks|docs)/[\w/.]+\.(?:py|cpp|md|yml))`", text):
+    for name in re.findall(
+        r"`((?:kvroute|kernels|integrations|tests|benchmarks|docs)/[\w/.]+\.(?:py|cpp|md|yml))`", text
+    ):
         assert (ROOT / name).is_file() or "op" in Path(name).stem, name
