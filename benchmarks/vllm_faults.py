@@ -31,9 +31,13 @@ from _thinker import FOLDER, argument_parser, questions
 
 MODULES = (
     "kvroute.serving.scheduler",
+    "kvroute.serving.entries",
+    "kvroute.serving.finishing",
+    "kvroute.serving.kept_requests",
     "kvroute.serving.worker",
     "kvroute.serving.looking",
     "kvroute.serving.deciding",
+    "kvroute.serving.thinking_tokens",
     "kvroute.serving.forcing",
     "kvroute.serving.logits_processor",
     "kvroute.serving.messages",

@@ -45,8 +45,8 @@ if TYPE_CHECKING:
     from kvroute.embedder_handle import EmbedderHandle
     from kvroute.embedder_identity import EmbeddingIdentity
     from kvroute.engines.base import Engine
-    from kvroute.engines.decoding import Prefix
     from kvroute.engines.handle import EngineHandle, EngineName
+    from kvroute.engines.prefix import Prefix
     from kvroute.engines.transformers_engine import TransformersEngine
     from kvroute.engines.vllm_engine import VLLMEngine
     from kvroute.evaluation import Evaluation
@@ -74,6 +74,7 @@ if TYPE_CHECKING:
     from kvroute.prefilling import Prefilled
     from kvroute.questions import Question
     from kvroute.router import Router
+    from kvroute.routing_curves import Modes, Outcome
     from kvroute.routing_evaluation import evaluate_head
     from kvroute.routing_report import RoutingReport
     from kvroute.scores import SCORES, Score, ScoreInfo
@@ -129,7 +130,7 @@ _LAZY = {
     "PoolingSpec": "kvroute.pooling",
     "PostProcessor": "kvroute.postprocess",
     "Prefilled": "kvroute.prefilling",
-    "Prefix": "kvroute.engines.decoding",
+    "Prefix": "kvroute.engines.prefix",
     "Question": "kvroute.questions",
     "Routed": "kvroute.decisions",
     "RoutedChunk": "kvroute.decisions",

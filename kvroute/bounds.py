@@ -92,11 +92,6 @@ def betting_upper(x: Any, level: float = 0.1, *, low: float = -1.0, high: float 
     return float(lattice[first]) if first < len(lattice) else high
 
 
-def betting_lower(x: Any, level: float = 0.1, *, low: float = -1.0, high: float = 1.0) -> float:
-    """Lower confidence limit of the mean; see :func:`betting_upper`."""
-    return -betting_upper(-np.asarray(x, dtype=np.float64), level, low=-high, high=-low)
-
-
 def _lattice(low: float, high: float) -> Floats:
     """About 170 points within ``(low, high)``, a tenth apart relative to the nearest of 0, ``low`` and ``high``."""
     width = high - low

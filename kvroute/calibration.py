@@ -6,7 +6,6 @@ import hashlib
 import json
 import math
 import os
-import re
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -18,7 +17,7 @@ from pydantic import Field, ValidationError, model_validator
 from kvroute.calibration_metrics import CalibrationMetrics, cross_validate
 from kvroute.confidence_maps import Bools, Floats, Frozen, IsotonicMap, LogisticMap, fit_map
 from kvroute.errors import CalibrationError, FileFormatError
-from kvroute.files import read_json, write_json
+from kvroute.files import is_name, read_json, write_json
 from kvroute.scores import SCORES, Score
 
 if TYPE_CHECKING:
@@ -291,7 +290,7 @@ class ConfidenceCalibrator(Frozen):
             CalibrationError: no folder, no such name (the message lists what there is), or not a name.
             FileFormatError, ModelMismatchError: as :meth:`load`.
         """
-        if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
+        if not isinstance(name, str) or not is_name(name):
             raise CalibrationError(
                 f"{name!r} is not a calibrator's name.", hint="A name has letters, digits, '.', '-' and '_', no path."
             )

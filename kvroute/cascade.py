@@ -22,7 +22,8 @@ from kvroute.generation import (
     Usage,
     as_prompts,
 )
-from kvroute.router import Answering, Router
+from kvroute.router import Router
+from kvroute.router_parts import Answering
 from kvroute.scores import SCORES
 from kvroute.self_evaluation import SelfEvaluator
 

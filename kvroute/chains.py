@@ -22,7 +22,7 @@ from pydantic import field_validator
 from torch import Tensor
 
 from kvroute.errors import NonFiniteCacheError, SpecError, WindowedLayerError
-from kvroute.pooling import _Spec, check_layers, resolve_layers
+from kvroute.pooling import Spec, check_layers, resolve_layers
 from kvroute.scores import Score
 from kvroute_kernels import (
     ChainTensors,
@@ -41,7 +41,7 @@ _PIECES = 64
 """Small tensors that CoE-C's floats may lie in before they are joined: a tensor costs more than what is in it."""
 
 
-class ChainSpec(_Spec):
+class ChainSpec(Spec):
     """Which layers the chains of an answer are built from."""
 
     layers: tuple[int, ...] | float | str = "all"

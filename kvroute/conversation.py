@@ -11,7 +11,7 @@ from kvroute.engines.threads import call_in_thread, in_thread
 from kvroute.generation import CancelToken, Message
 
 if TYPE_CHECKING:
-    from kvroute.engines.decoding import Prefix
+    from kvroute.engines.prefix import Prefix
     from kvroute.router import Router
 
 

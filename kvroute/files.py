@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,8 +17,14 @@ from kvroute._version import __version__
 from kvroute.errors import FileFormatError
 
 _FORMAT = 1
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 Array = np.ndarray[Any, Any]
+
+
+def is_name(text: str) -> bool:
+    """Whether a text can name a file in a folder of ours: letters, digits, ``.``, ``-`` and ``_``, and no path."""
+    return _NAME.fullmatch(text) is not None
 
 
 def write_whole(path: str | Path, data: bytes) -> None:

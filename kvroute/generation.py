@@ -11,11 +11,11 @@ import numpy as np
 from pydantic import Field
 
 from kvroute.errors import InvalidInputError
-from kvroute.pooling import _Spec
+from kvroute.pooling import Spec
 from kvroute.scores import Score
 
 if TYPE_CHECKING:
-    from kvroute.engines.decoding import Prefix
+    from kvroute.engines.prefix import Prefix
     from kvroute.serving.answers import Result
 
 Message = Mapping[str, Any]
@@ -34,7 +34,7 @@ Prompt = str | Sequence[Message] | TokenIds
 FinishReason = Literal["stop", "length", "cancelled"]
 
 
-class SamplingOptions(_Spec):
+class SamplingOptions(Spec):
     """How an answer is written."""
 
     max_tokens: int = Field(default=256, ge=1, strict=True)

@@ -80,7 +80,7 @@ class LabelRow(_Row):
     slow: tuple[Attempt, ...] = ()
     """As many as samples were asked for."""
     label: float | None = None
-    """0 fast is right and short, 25 fast is right but longer, 75 only slow is right, 100 neither (DESIGN section 3);
+    """0 fast is right and short, 25 fast is right but longer, 75 only slow is right, 100 neither (docs/concepts.md);
     with several samples the mean over them; None where the row failed."""
     error: str | None = None
     """Why the row has no label."""

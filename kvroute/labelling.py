@@ -1,7 +1,7 @@
 """Labels by trying: every question is answered in both modes, and the answers are checked.
 
 The label says which mode a question needs: 0 fast is right and short, 25 fast is right but longer, 75 only slow is
-right, 100 neither (DESIGN section 3; arXiv 2601.20326, section 4.2). With several samples it is the mean over pairs of
+right, 100 neither (docs/concepts.md; arXiv 2601.20326, section 4.2). With several samples it is the mean over pairs of
 the i-th fast and the i-th slow answer. With ``checkpoints`` a thought is also closed early, at every n-th token, which
 says where it knew enough.
 """

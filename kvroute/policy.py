@@ -4,27 +4,25 @@ from __future__ import annotations
 
 import math
 import os
-import re
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, cast, get_args
 
 from pydantic import Field, ValidationError, model_validator
 
 from kvroute.errors import FileFormatError, InvalidInputError
-from kvroute.files import read_json, write_json
-from kvroute.pooling import _Spec
+from kvroute.files import is_name, read_json, write_json
+from kvroute.pooling import Spec
 from kvroute.thinking import Mode
 
 FOLDER_VARIABLE = "KVROUTE_POLICIES"
 """The environment variable that names the folder of policies found by name."""
 _KIND = "kvroute.policy"
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 PolicyKind = Literal["one-step", "two-step", "fast", "slow", "random", "length", "budget"]
 
 
-class Policy(_Spec):
-    """When to think (DESIGN section 3, "Policies"; arXiv 2601.20326, section 4.2).
+class Policy(Spec):
+    """When to think (docs/concepts.md; arXiv 2601.20326, section 4.2).
 
     Difficulties lie in [0, 100]; higher is harder.
     """
@@ -122,6 +120,18 @@ class Policy(_Spec):
             raise FileFormatError(f"{path} is no policy: {error}") from error
 
 
+def find_policy(policy: str) -> tuple[Policy, Path | None]:
+    """A policy by kind, by file or by name; and the folder of its file.
+
+    Raises:
+        as :func:`policy_path` and :meth:`Policy.load`.
+    """
+    if policy in get_args(PolicyKind):
+        return Policy(kind=cast(PolicyKind, policy)), None
+    path = policy_path(policy)
+    return Policy.load(path), path.parent
+
+
 def policy_path(name: str) -> Path:
     """The file of a policy: a path to a ``.json`` file, or a name in the folder ``KVROUTE_POLICIES``.
 
@@ -144,7 +154,7 @@ def named_policy(folder: str | Path, name: str) -> Path:
     Raises:
         InvalidInputError: not a name, or no such policy; the message lists those there are.
     """
-    if not _NAME.fullmatch(name):
+    if not is_name(name):
         raise InvalidInputError(f"{name!r} is not a name.", hint="Letters, digits, '.', '-' and '_', no path.")
     path = Path(folder) / f"{name}.json"
     if not path.is_file():

@@ -1,7 +1,7 @@
 """Pooling: one vector a sequence out of its keys and values.
 
 Order of reduction: tokens, heads, layers, then K and V side by side, then L2 normalisation
-(arXiv 2601.20326, section 3; DESIGN section 3). All sums are float32 whatever the cache's dtype.
+(arXiv 2601.20326, section 3; docs/concepts.md). All sums are float32 whatever the cache's dtype.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ def check_layers(value: Any) -> Any:
     raise ValueError("layers must be indices, 'all', 'last:4', 'first:8' or a fraction such as 0.5")
 
 
-class _Spec(BaseModel):
+class Spec(BaseModel):
     """What specs share: frozen, no unknown fields, our own exception on nonsense."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -120,7 +120,7 @@ def _what_was_wrong(name: str, error: ValidationError) -> str:
     return f"Not a {name}: {faults}."
 
 
-class PoolingSpec(_Spec):
+class PoolingSpec(Spec):
     """How keys and values become one vector (arXiv 2601.20326, section 3)."""
 
     layers: tuple[int, ...] | float | str = "last:4"

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from kvroute.decisions import Decision
-from kvroute.engines.decoding import Prefix
+from kvroute.engines.prefix import Prefix
 from kvroute.generation import SamplingOptions, TokenIds, Usage
 from kvroute.served_routing import served_prefills
 

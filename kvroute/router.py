@@ -6,28 +6,23 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, Self, cast, get_args, overload
+from typing import TYPE_CHECKING, Any, Self, cast, overload
 
-from kvroute.choosing import Chooser, unmet_need
+from kvroute.choosing import Chooser
 from kvroute.decisions import Decision, Routed, RoutedChunk
 from kvroute.engines.base import decides_inside
 from kvroute.engines.threads import call_in_thread, in_thread
 from kvroute.errors import InvalidInputError
 from kvroute.generation import CancelToken, Message, Prompt, SamplingOptions, TokenIds, as_prompts
 from kvroute.heads.head import DifficultyHead
-from kvroute.policy import Policy, PolicyKind, policy_path
+from kvroute.policy import Policy, find_policy
 from kvroute.prefilling import Prefilled, head_vectors, prefill
 from kvroute.route_steering import ClosingMark, Request, RouteSteer
 from kvroute.routed_answers import routed_answer, target_answer, with_confidence
 from kvroute.routed_stream import routed_pieces
-from kvroute.served_routing import (
-    ServedPolicy,
-    refuse,
-    served_answers,
-    served_decisions,
-    served_pieces,
-    served_thinking,
-)
+from kvroute.router_parts import Answering, check_parts, prompt_requests
+from kvroute.served_policy import EnginePolicy, refuse, served_thinking
+from kvroute.served_routing import served_answers, served_decisions, served_pieces
 from kvroute.thinking import Mode, ThinkingMode
 
 if TYPE_CHECKING:
@@ -38,20 +33,12 @@ if TYPE_CHECKING:
     from kvroute.voting import Voted
 
 
-class Answering(Protocol):
-    """What another target must offer: an engine or a router."""
-
-    def generate(self, prompts: Any, **kwargs: Any) -> Any:
-        """Answer one prompt."""
-        ...
-
-
 class Router(Chooser):
     """Decides for each request how hard to think, from the forward pass that happens anyway.
 
     The prompt's K and V give the difficulty before the first token; the mode's tokens follow in the same cache. With a
-    two-step policy the difficulty is taken again at checkpoints, and the mode may change once, in flight (DESIGN
-    section 3; arXiv 2601.20326, section 4.2). Thread-safe.
+    two-step policy the difficulty is taken again at checkpoints, and the mode may change once, in flight
+    (docs/concepts.md; arXiv 2601.20326, section 4.2). Thread-safe.
 
     Args:
         engine: the model. :class:`~kvroute.VLLMEngine` and :class:`~kvroute.VLLMClient` decide inside the engine, by
@@ -94,14 +81,14 @@ class Router(Chooser):
                     hint="Pass confidence=DifficultyHead.load(FOLDER).",
                 )
             self.served_confidence, confidence = confidence, None
-        self.served: ServedPolicy | None = None
+        self.served: EnginePolicy | None = None
         folder = None
         if decides_inside(engine):
             refuse(head=head, targets=targets, drift=drift)
-            self.served = ServedPolicy.of(cast(Any, engine), policy)
+            self.served = EnginePolicy.of(cast(Any, engine), policy)
             policy = self.served.policy
         elif not isinstance(policy, Policy):
-            policy, folder = _found(str(policy))
+            policy, folder = find_policy(str(policy))
         if head is None and policy.head is not None and self.served is None:
             head = (folder or Path()) / policy.head
         if isinstance(head, str | Path):
@@ -111,21 +98,8 @@ class Router(Chooser):
 
             drift = DriftMonitor.load(folder / policy.drift, engine.info.fingerprint)
         super().__init__(policy, head, drift)
-        need = unmet_need(policy, self.head) if self.served is None else None
-        if need is not None:
-            raise InvalidInputError(need[0], hint=need[1])
-        for given, target in ((self.head, "difficulty"), (confidence, "correct")):
-            if given is not None:
-                given.require(engine.info)
-                if given.target != target:
-                    raise InvalidInputError(f"A head with target {given.target!r} was given in place of {target!r}.")
         self.targets = dict(targets or {})
-        missing = [t for t in policy.targets if t not in ("fast", "slow") and t not in self.targets]
-        if missing:
-            raise InvalidInputError(
-                f"The policy names the targets {missing}, which the router was not given.",
-                hint="Pass targets={name: ...}.",
-            )
+        check_parts(policy, self.head, confidence, self.targets, engine, inside=self.served is not None)
         self.confidence = confidence
         if self.served is not None:
             self.thinking = served_thinking(cast(Any, engine), thinking, self.served)
@@ -401,22 +375,7 @@ class Router(Chooser):
         last: str | None,
         template: Mapping[str, Any] | None = None,
     ) -> list[Request]:
-        modes = [mode] * len(prompts) if mode is None or isinstance(mode, str) else list(mode)
-        if len(modes) != len(prompts):
-            raise InvalidInputError(f"{len(prompts)} prompts, and {len(modes)} modes.")
-        for given in modes:
-            if given not in (None, "fast", "slow", *self.targets):
-                raise InvalidInputError(f"A mode is one of {['fast', 'slow', *self.targets]}, not {given!r}.")
-        layouts = [self.thinking.layout(self.engine, p, template=template) for p in prompts]
-        return [Request(layout, forced=m, last=last) for layout, m in zip(layouts, modes, strict=True)]
+        return prompt_requests(self, prompts, mode, last, template)
 
     def _options(self, options: SamplingOptions | None, sampling: Mapping[str, Any]) -> SamplingOptions:
         return SamplingOptions.chosen(options, sampling, self.options)
-
-
-def _found(policy: str) -> tuple[Policy, Path | None]:
-    """A policy by kind, by file or by name; and the folder of its file."""
-    if policy in get_args(PolicyKind):
-        return Policy(kind=cast(PolicyKind, policy)), None
-    path = policy_path(policy)
-    return Policy.load(path), path.parent

@@ -8,121 +8,23 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal
 
 from kvroute.decisions import Decision, Routed, RoutedChunk
 from kvroute.engines.text import TextStream
-from kvroute.errors import InvalidInputError, UnsupportedModelError
 from kvroute.generation import CancelToken, FinishReason, Generation, Prompt, SamplingOptions, TokenIds, Usage
-from kvroute.policy import Policy
 from kvroute.route_steering import Request
 from kvroute.routed_answers import routed_answer, with_confidence
 from kvroute.scores import Score
+from kvroute.served_policy import MODES
 from kvroute.serving.jobs import Decide
-from kvroute.thinking import Mode, ThinkingMode
+from kvroute.thinking import Mode
 
 if TYPE_CHECKING:
     from kvroute.router import Router
     from kvroute.serving.vllm_base import VLLMBase
 
-_MODES: Final[tuple[Mode, ...]] = ("fast", "slow")
-_NOT_HERE: Final = {"head": None, "drift": None, "guarantee": None}
-"""What of a policy a server does not tell."""
 _SILENT: Final = "The engine said nothing of its decision."
-
-
-@dataclass(frozen=True, slots=True)
-class ServedPolicy:
-    """A policy of the engine's.
-
-    Attributes:
-        policy: what it is, as far as the engine tells.
-        name: by which the engine knows it; None for a fixed mode, which needs none.
-    """
-
-    policy: Policy
-    name: str | None = None
-
-    @classmethod
-    def of(cls, engine: VLLMBase, policy: Policy | str | Path) -> ServedPolicy:
-        """What a router was given.
-
-        Args:
-            engine: where it is to be loaded.
-            policy: ``fast`` or ``slow``, a name of the engine's, or a policy (or its file) that the engine has too.
-
-        Raises:
-            InvalidInputError: the engine has no such policy; with those that it has.
-        """
-        if isinstance(policy, str) and policy in _MODES:
-            return cls(Policy(kind=policy))
-        there = engine.about.policies
-        if isinstance(policy, str) and policy in there:
-            return cls(there[policy], policy)
-        given = policy
-        if not isinstance(policy, Policy):
-            path = Path(policy)
-            if path.suffix != ".json" or not path.is_file():
-                off = engine.about.off.get(str(policy))
-                raise InvalidInputError(
-                    f"The engine has no policy {str(policy)!r}." if off is None else f"{str(policy)!r} is off: {off}.",
-                    hint=_listed(there),
-                )
-            policy = Policy.load(path)
-        if policy.kind in _MODES and not policy.shadow:
-            return cls(policy)
-        same = [name for name, other in there.items() if other == policy.model_copy(update=_NOT_HERE)]
-        if not same:
-            raise InvalidInputError(
-                f"{'This policy' if isinstance(given, Policy) else given} is not loaded in the engine, which decides "
-                "by itself.",
-                hint=f"Start it with the policy's folder (`kvroute serve MODEL --policy DIR`). {_listed(there)}",
-            )
-        stem = "" if isinstance(given, Policy) else Path(given).stem
-        return cls(there[stem if stem in same else same[0]], stem if stem in same else same[0])
-
-
-def _listed(there: Any) -> str:
-    return f"It has: {', '.join(sorted({*_MODES, *there}))}."
-
-
-def served_thinking(engine: VLLMBase, given: ThinkingMode | None, served: ServedPolicy) -> ThinkingMode:
-    """How the engine's model thinks.
-
-    Raises:
-        InvalidInputError: the engine thinks otherwise than was given.
-        UnsupportedModelError: how it thinks is not known, or is said where the engine can't decide.
-    """
-    own = engine.about.thinking
-    found = given or own or ThinkingMode.of(engine)
-    if served.name is not None:
-        if found.in_question:
-            raise UnsupportedModelError(
-                "How hard this model thinks is said in the question, which is whole when the engine gets it, so no "
-                "policy can decide it there.",
-                hint="Demand 'fast' or 'slow', or use TransformersEngine.",
-            )
-        if own is not None and given is not None and given.model_copy(update={"name": own.name}) != own:
-            raise InvalidInputError(
-                "The engine's model thinks by other tokens than the ThinkingMode that was given.",
-                hint="Give it to the engine: its setting 'thinking'.",
-            )
-    return found
-
-
-def refuse(**given: object) -> None:
-    """Say that something can't be used where the engine decides.
-
-    Raises:
-        InvalidInputError: something was given.
-    """
-    for name, value in given.items():
-        if value:
-            raise InvalidInputError(
-                f"{name}= was given, and vLLM decides with what it has loaded.",
-                hint=f"Leave {name}= out, or use TransformersEngine.",
-            )
 
 
 # ---------------------------------------------------------------------- asking
@@ -133,12 +35,10 @@ class Batch:
     """Requests as the engine gets them.
 
     Attributes:
-        prompts: their tokens.
+        router: whose requests they are.
+        requests: as the router knows them.
+        prompts: their tokens; those of a mode stand in them where the engine can't put them there.
         decide: what it is to decide of each.
-        forced: by request the tokens of a mode that stand in the prompt already.
-        options: as the engine gets them.
-        limit: most tokens behind the mode's.
-        stop: texts that end an answer; kept from the engine where a mode's tokens hold one.
     """
 
     router: Router
@@ -239,7 +139,7 @@ class Batch:
             if request.forced is None and self.router.served is not None and self.router.served.name is None:
                 decision.why = "policy"
             return decision
-        fixed = request.forced or (policy.kind if policy.kind in _MODES else None)
+        fixed = request.forced or (policy.kind if policy.kind in MODES else None)
         if self.stands(index) and fixed is not None:
             return Decision(fixed, why="forced" if request.forced else "policy", policy=policy.kind)
         fault = _SILENT if served is None or served.error is None else served.error

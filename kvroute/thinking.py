@@ -1,8 +1,8 @@
 """How a model family thinks: a :class:`ThinkingMode` is what makes it answer at once (fast) or think first (slow).
 
 A prompt is laid out so that what decides comes first and the mode's own tokens come last: both modes continue the
-same cache, so the choice can be read from the prompt's keys and values before a token is written (DESIGN section 3,
-"Policies"; arXiv 2601.20326, section 4.2).
+same cache, so the choice can be read from the prompt's keys and values before a token is written (docs/concepts.md;
+arXiv 2601.20326, section 4.2).
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 
 from kvroute.errors import ChatTemplateError, UnsupportedModelError
 from kvroute.generation import Prompt, TokenIds
-from kvroute.pooling import _Spec
+from kvroute.pooling import Spec
 
 if TYPE_CHECKING:
     from kvroute.engines.base import Engine
@@ -47,7 +47,7 @@ class Layout:
         return self.fast if mode == "fast" else self.slow
 
 
-class ThinkingMode(_Spec):
+class ThinkingMode(Spec):
     """The texts that put a model into fast or slow thinking, at the start and in flight.
 
     :meth:`of` reads them from a model's chat template.

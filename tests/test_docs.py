@@ -14,12 +14,16 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 BLOCK = re.compile(r"^```(?P<kind>python|bash|json|text)\n(?P<body>.*?)^```$", re.MULTILINE | re.DOTALL)
 FENCE = re.compile(r"^```(?P<kind>[^\n]*)\n", re.MULTILINE)
 # `make test` runs this very file, so a block that calls it is not run again from within.
 RECURSIVE = {"make test"}
 SERVED = re.compile(r"^## Inside vLLM\n.*?(?=^## |\Z)", re.MULTILINE | re.DOTALL)
+
+
+def name(page: Path) -> str:
+    return page.relative_to(ROOT).as_posix()
 
 
 def blocks(page: Path, kind: str, *, served: bool = False) -> list[str]:
@@ -28,7 +32,7 @@ def blocks(page: Path, kind: str, *, served: bool = False) -> list[str]:
     return [m["body"] for m in BLOCK.finditer(text) if m["kind"] == kind]
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+@pytest.mark.parametrize("page", PAGES, ids=name)
 def test_every_block_says_what_it_is(page: Path) -> None:
     text = page.read_text()
     kinds = [m["kind"] for m in FENCE.finditer(text)][::2]
@@ -37,7 +41,7 @@ def test_every_block_says_what_it_is(page: Path) -> None:
 
 
 @pytest.mark.docs
-@pytest.mark.parametrize("page", [p for p in PAGES if blocks(p, "python")], ids=lambda p: p.name)
+@pytest.mark.parametrize("page", [p for p in PAGES if blocks(p, "python")], ids=name)
 def test_python_blocks(page: Path, tmp_path: Path) -> None:
     (tmp_path / "examples").symlink_to(ROOT / "examples")
     script = tmp_path / "page.py"
@@ -47,7 +51,7 @@ def test_python_blocks(page: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.docs
-@pytest.mark.parametrize("page", [p for p in PAGES if blocks(p, "bash")], ids=lambda p: p.name)
+@pytest.mark.parametrize("page", [p for p in PAGES if blocks(p, "bash")], ids=name)
 def test_shell_blocks(page: Path, tmp_path: Path) -> None:
     (tmp_path / "examples").symlink_to(ROOT / "examples")
     environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}

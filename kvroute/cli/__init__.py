@@ -14,7 +14,7 @@ from kvroute.errors import KVRouteError
 
 app = typer.Typer(
     name="kvroute",
-    help="Embeddings and self-evaluation from the KV cache a language model already keeps.",
+    help="Embeddings, self-evaluation and thinking-mode routing from the KV cache a language model already keeps.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import sys
 from pathlib import Path
 from typing import Annotated, Literal
@@ -25,6 +24,7 @@ from kvroute.cli.common import (
     show_progress,
 )
 from kvroute.errors import InvalidInputError
+from kvroute.files import is_name
 from kvroute.rows import parse_jsonl, read_text
 
 
@@ -128,7 +128,7 @@ def _target(name: str | None, out: Path | None, variable: str) -> Path:
             raise InvalidInputError(f"{str(out)!r} does not end in .json.")
         return out
     assert name is not None
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
+    if not is_name(name):
         raise InvalidInputError(f"{name!r} is not a name.", hint="Letters, digits, '.', '-' and '_', no path.")
     folder = os.environ.get(variable)
     if not folder:

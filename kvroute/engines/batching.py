@@ -40,9 +40,3 @@ def plan_batches(lengths: Sequence[int], budget: int, *, waste: float = READING_
         batches.append([index])
         real = length
     return batches
-
-
-def padding_share(lengths: Sequence[int], batches: Sequence[Sequence[int]]) -> float:
-    """Share of the computed tokens that is padding, 0 to 1."""
-    computed = sum(max(lengths[i] for i in batch) * len(batch) for batch in batches)
-    return 1 - sum(lengths) / computed if computed else 0.0

@@ -6,7 +6,6 @@ run, one a step: usually the one that was just chosen, more where tokens were fo
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -16,47 +15,21 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kvroute.chains import ChainState
+from kvroute.engines.prefix import Prefix
 from kvroute.engines.sampling import Sampler, end_tokens
+from kvroute.engines.session_features import SessionFeatures
 from kvroute.engines.slab import SlabCache
 from kvroute.engines.steering import Steering
 from kvroute.engines.text import TextStream
-from kvroute.errors import fault_text
 from kvroute.features import FeaturePlan
 from kvroute.generation import FinishReason, Generation, SamplingOptions, Timings, Usage
-from kvroute.pooling import PoolingSpec, pool
-from kvroute.scores import Score, family, logit_scores
+from kvroute.pooling import PoolingSpec
 from kvroute_kernels import KVView
-
-logger = logging.getLogger(__name__)
 
 _FLUSH = 32
 """Tokens that the chains take at once: they stay online, and their fixed cost is shared."""
 _SPARE = 256
 """Tokens of room for the answer at first; the cache grows past it."""
-
-
-@dataclass(frozen=True, slots=True)
-class Prefix:
-    """Tokens whose keys and values are kept, for prompts that begin with them.
-
-    Made by :meth:`kvroute.TransformersEngine.prefix`. Read-only: any number of generations, in any threads,
-    may continue it at once.
-    """
-
-    token_ids: tuple[int, ...]
-    cache: SlabCache
-    fingerprint: str
-    name: str
-
-    def common(self, ids: Sequence[int]) -> int:
-        """How many of its tokens a prompt begins with."""
-        count = 0
-        for mine, theirs in zip(self.token_ids, ids, strict=False):
-            if mine != theirs:
-                break
-            count += 1
-        return count
 
 
 Event = tuple[int, int | None, str]
@@ -70,12 +43,9 @@ class _Row:
     tokens: list[int]
     pad: int = 0  # slots on the left that hold nothing
     cached: int = 0
-    noted: int = 0  # tokens that were chosen, not forced: those of the logit sums
-    fed: int = 0  # answer tokens whose keys and values the chains have
     finish: FinishReason | None = None
     ended_at: float = 0.0
     ran: int = 0  # tokens in the cache when it ended
-    logit_sums: Tensor | None = None
     kept: Prefix | None = None
 
 
@@ -117,11 +87,9 @@ class DecodeSession:
         model_id: tuple[str, str] = ("", ""),
     ) -> None:
         self.keep_cache, self.model_id = keep_cache, model_id
-        self.model, self.tokenizer, self.options, self.plan = model, tokenizer, options, plan
-        self.num_layers = num_layers
+        self.model, self.tokenizer, self.options = model, tokenizer, options
         self.prefix = prefix
         self.steering = steering
-        self.sif_weights = sif_weights
         self.follow_text = follow_text or bool(options.stop)
         self.device = model.device
         self.rows = [_Row(list(p), TextStream(tokenizer, options.stop), []) for p in prompts]
@@ -130,9 +98,7 @@ class DecodeSession:
         self.ends = end_tokens(model, tokenizer)
         self.active = list(range(len(self.rows)))  # rows still being written
         self.lanes = list(self.active)  # the row in each sequence of the cache
-        self.features: list[dict[str, np.ndarray[Any, np.dtype[np.float32]]]] = [{} for _ in self.rows]
-        self.errors: list[dict[str, str]] = [{} for _ in self.rows]
-        self.chain = ChainState(len(self.rows), plan.chain, num_layers) if plan.chain else None
+        self.features = SessionFeatures(self, plan, num_layers, sif_weights)
         self.cache: SlabCache
         self.logits: Tensor
         self.width = max(len(r.prompt) for r in self.rows)
@@ -140,9 +106,8 @@ class DecodeSession:
             row.pad = self.width - len(row.prompt)
         self.padding = torch.tensor([r.pad for r in self.rows], device=self.device)
         self.slots = self.width  # of the cache, padding included
-        self.flushed = 0  # steps since the chains were fed
+        self.steps = 0  # run behind the prompts
         self.prefilled = False
-        self.feature_seconds = 0.0
         self.prefill_seconds = 0.0
         self.started = time.perf_counter()
 
@@ -185,7 +150,7 @@ class DecodeSession:
         self.padding = everyone
         self.prefilled = True
         self.prefill_seconds = time.perf_counter() - self.started
-        self._prompt_features()
+        self.features.read_prompts()
         if self.steering is not None:
             self._begin(self.steering)
 
@@ -253,12 +218,10 @@ class DecodeSession:
         logits = self.logits if len(lanes) == len(self.lanes) else self.logits[lanes]
         contexts = [self.rows[r].prompt + self.rows[r].tokens for r in due] if self.sampler.penalty != 1 else []
         tokens = self.sampler.choose(logits, due, contexts)
-        if self.plan.logits:
-            self._note_logits(logits, due, tokens)
+        self.features.note_logits(logits, due, tokens)
         events: list[Event] = []
         for r, token in zip(due, tokens, strict=True):
             row = self.rows[r]
-            row.noted += 1
             piece = self._add(row, token)
             if token in self.ends:
                 row.finish = "stop"
@@ -312,9 +275,9 @@ class DecodeSession:
             positions.append([place])
         self.slots += 1
         self._forward(torch.tensor(ids, device=self.device), torch.tensor(positions, device=self.device))
-        self.flushed += 1
-        if self.chain is not None and self.flushed % _FLUSH == 0:
-            self._feed_chain(self.active)
+        self.steps += 1
+        if self.steps % _FLUSH == 0:
+            self.features.feed_chains(self.active)
 
     def cancel(self) -> list[tuple[int, str]]:
         """End all answers here; returns (row, rest of its text) of each."""
@@ -322,7 +285,7 @@ class DecodeSession:
         for r in ended:
             self.rows[r].finish = "cancelled"
             if not self.prefilled:
-                self.errors[r] = dict.fromkeys(self.plan.pooled, "The work was cancelled before it began.")
+                self.features.not_begun(r)
         rest = [(r, self.rows[r].text.finish() if self.follow_text else "") for r in ended]
         self._close(ended)
         return rest
@@ -333,7 +296,6 @@ class DecodeSession:
         assert row.finish is not None
         text = row.text.text if self.follow_text else self._decode(row)
         generated = len(row.tokens)
-        scores = self._scores(r)
         return Generation(
             text=text,
             token_ids=row.tokens,
@@ -348,11 +310,11 @@ class DecodeSession:
             timings=Timings(
                 prefill=self.prefill_seconds,
                 decode=row.ended_at - self.started - self.prefill_seconds,
-                features=self.feature_seconds,
+                features=self.features.seconds,
             ),
-            features=self.features[r],
-            scores=scores,
-            feature_errors=self.errors[r],
+            features=self.features.pooled[r],
+            scores=self.features.scores(r),
+            feature_errors=self.features.errors[r],
             prefix=row.kept,
         )
 
@@ -360,31 +322,9 @@ class DecodeSession:
         kept = row.tokens[:-1] if row.tokens and row.tokens[-1] in self.ends else row.tokens
         return str(self.tokenizer.decode(kept, skip_special_tokens=True))
 
-    def _scores(self, r: int) -> dict[str, Score]:
-        row = self.rows[r]
-        scores: dict[str, Score] = {}
-        if self.chain is not None:
-            if "kv-coe" in self.errors[r]:
-                scores.update({n: Score(None, self.errors[r]["kv-coe"]) for n in family("kv-coe")})
-            else:
-                scores.update(self.chain.scores(r))
-        if self.plan.logits:
-            if row.logit_sums is None or "logits" in self.errors[r]:
-                reason = self.errors[r].get("logits", "the answer has no token")
-                scores.update({n: Score(None, reason) for n in family("logits")})
-            else:
-                means = (row.logit_sums / row.noted).tolist()
-                scores.update(logit_scores(means))
-        if self.plan.length:
-            scores["length"] = Score(float(len(row.tokens)))
-        return scores
-
     def _close(self, ended: list[int]) -> None:
         """Answers that have just ended: their features, while their keys and values are there."""
-        if self.chain is not None:
-            self._feed_chain(ended)
-        if any(of == "answer" for of, _ in self.plan.pooled.values()):
-            self._answer_features(ended)
+        self.features.close(ended)
         if self.keep_cache and self.prefilled:
             self._keep(ended)
         now = time.perf_counter()
@@ -401,7 +341,7 @@ class DecodeSession:
             cache = self.cache.copy_sequence(self.model.config, self.lanes.index(r), row.pad, held)
             row.kept = Prefix(tuple((row.prompt + row.tokens)[:held]), cache, *self.model_id)
 
-    # ------------------------------------------------------------------ features
+    # ------------------------------------------------------------------ what features see
 
     def view(self, rows: Sequence[int]) -> KVView:
         """The cache of some rows: their prompts and the answers' tokens but the last."""
@@ -415,8 +355,8 @@ class DecodeSession:
         r = self.rows[row]
         return len(r.prompt) + len(r.tokens) - (self.slots - r.pad)
 
-    def _written(self, row: int) -> int:
-        """Tokens of an answer in the cache, but never the last one, which belongs to no feature (DESIGN section 3)."""
+    def written(self, row: int) -> int:
+        """Tokens of an answer in the cache, but never the last one, which belongs to no feature (docs/concepts.md)."""
         r = self.rows[row]
         return max(min(self.slots - r.pad - len(r.prompt), len(r.tokens) - 1), 0)
 
@@ -429,7 +369,7 @@ class DecodeSession:
 
     def pooled(self, rows: Sequence[int], spec: PoolingSpec) -> np.ndarray[Any, np.dtype[np.float32]]:
         """Pooled vectors of all that is in the cache of some rows: see :class:`SteeredSession`."""
-        return self._pooled(list(rows), spec, [0] * len(rows), [self._held(r) for r in rows])
+        return self.features.pool_rows(list(rows), spec, [0] * len(rows), [self._held(r) for r in rows])
 
     def tokens_of(self, row: int) -> Sequence[int]:
         """The row's tokens behind its prompt."""
@@ -443,103 +383,3 @@ class DecodeSession:
         """End some answers here."""
         for r in rows:
             self.rows[r].finish = self.rows[r].finish or "cancelled"
-
-    def _guard(self, rows: Sequence[int], name: str, work: Callable[[list[int]], None]) -> None:
-        """Run feature work on some rows: a fault is noted and costs neither an answer nor its neighbours' features."""
-        began = time.perf_counter()
-        try:
-            work(list(rows))
-        except Exception as error:  # noqa: BLE001 - an answer is worth more than its features
-            if len(rows) > 1:
-                for r in rows:
-                    self._guard([r], name, work)
-                return
-            message = fault_text(error)
-            logger.warning("The feature %r is missing: %s", name, message)
-            self.errors[rows[0]].setdefault(name, message)
-        self.feature_seconds += time.perf_counter() - began
-
-    def _prompt_features(self) -> None:
-        for name, (of, spec) in self.plan.pooled.items():
-            if of == "prompt":
-
-                def work(rows: list[int], name: str = name, spec: Any = spec) -> None:
-                    self._pool(name, spec, rows, [0] * len(rows), [len(self.rows[r].prompt) for r in rows])
-
-                self._guard(range(len(self.rows)), name, work)
-
-    def _answer_features(self, ended: list[int]) -> None:
-        empty = [r for r in ended if self._written(r) == 0]
-        full = [r for r in ended if self._written(r) > 0]
-        for name, (of, spec) in self.plan.pooled.items():
-            if of != "answer":
-                continue
-            for r in empty:
-                self.errors[r][name] = "The answer has no token with keys and values."
-            if full:
-
-                def work(rows: list[int], name: str = name, spec: Any = spec) -> None:
-                    start = [len(self.rows[r].prompt) for r in rows]
-                    stop = [s + self._written(r) for s, r in zip(start, rows, strict=True)]
-                    self._pool(name, spec, rows, start, stop)
-
-                self._guard(full, name, work)
-
-    def _pool(self, name: str, spec: Any, rows: list[int], start: list[int], stop: list[int]) -> None:
-        for r, vector in zip(rows, self._pooled(rows, spec, start, stop), strict=True):
-            self.features[r][name] = vector
-
-    def _pooled(
-        self, rows: list[int], spec: Any, start: list[int], stop: list[int]
-    ) -> np.ndarray[Any, np.dtype[np.float32]]:
-        weights = None
-        if spec.weights == "sif" and self.sif_weights is not None:
-            table = self.sif_weights(spec.sif_a)
-            ids = [self.rows[r].prompt + self.rows[r].tokens for r in rows]
-            weights = [table[torch.tensor(i, device=table.device)] for i in ids]
-        vectors = pool(self.view(rows), spec, num_layers=self.num_layers, start=start, stop=stop, sif_weights=weights)
-        return vectors.float().cpu().numpy()
-
-    def _feed_chain(self, rows: Sequence[int]) -> None:
-        chain = self.chain
-        due = [r for r in rows if self.rows[r].fed < self._written(r) and "kv-coe" not in self.errors[r]]
-        if chain is None or not due:
-            return
-
-        def work(rows: list[int]) -> None:
-            start = [len(self.rows[r].prompt) + self.rows[r].fed for r in rows]
-            stop = [len(self.rows[r].prompt) + self._written(r) for r in rows]
-            chain.update_view(self.view(rows), rows, start, stop)
-            for r, s in zip(rows, stop, strict=True):
-                self.rows[r].fed = s - len(self.rows[r].prompt)
-
-        self._guard(due, "kv-coe", work)
-
-    def _note_logits(self, logits: Tensor, due: Sequence[int], tokens: Sequence[int]) -> None:
-        place = {r: i for i, r in enumerate(due)}
-
-        def work(rows: list[int]) -> None:
-            index = torch.tensor([place[r] for r in rows], device=logits.device)
-            logprobs = torch.log_softmax(logits if len(rows) == len(place) else logits[index], dim=-1)
-            taken = torch.tensor(tokens, device=logits.device)[index]
-            noted = logit_statistics(logprobs, logprobs.gather(1, taken[:, None])[:, 0]).double().cpu()
-            for r, statistics in zip(rows, noted, strict=True):
-                sums = self.rows[r].logit_sums
-                self.rows[r].logit_sums = statistics if sums is None else sums + statistics
-
-        self._guard(due, "logits", work)
-
-
-def logit_statistics(logprobs: Tensor, chosen: Tensor) -> Tensor:
-    """Per position: log-probability of the chosen token, entropy in nats, probability of the likeliest token.
-
-    Args:
-        logprobs: ``[n, vocab]``.
-        chosen: ``[n]``, log-probability of the token that was taken.
-
-    Returns:
-        ``[n, 3]``, in the order of ``family("logits")``.
-    """
-    probabilities = logprobs.exp()
-    entropy = torch.special.entr(probabilities).sum(dim=-1)
-    return torch.stack([chosen, entropy, probabilities.amax(dim=-1)], dim=1)

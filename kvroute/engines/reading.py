@@ -16,7 +16,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from kvroute.engines.decoding import logit_statistics
+from kvroute.engines.session_features import logit_statistics
 from kvroute.engines.slab import SlabCache, StopForwardError
 from kvroute.errors import UnsupportedModelError
 from kvroute_kernels import KVView

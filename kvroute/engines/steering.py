@@ -2,7 +2,7 @@
 
 An engine hands each batch to :meth:`Steer.open`. What comes back is asked once after the prefill which tokens follow
 each prompt, and after every step which rows get tokens put into them. The cache is continued, so nothing is computed
-twice (DESIGN section 3, "Policies").
+twice (docs/concepts.md).
 """
 
 from __future__ import annotations

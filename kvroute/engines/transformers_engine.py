@@ -9,9 +9,10 @@ from typing import Any, Self, overload
 import torch
 
 from kvroute.engines.batching import WRITING_WASTE, plan_batches
-from kvroute.engines.decoding import DecodeSession, Prefix
+from kvroute.engines.decoding import DecodeSession
 from kvroute.engines.loading import load_model
 from kvroute.engines.memory import is_out_of_memory
+from kvroute.engines.prefix import Prefix
 from kvroute.engines.reader import TransformersReader
 from kvroute.engines.sampling import random_streams
 from kvroute.engines.slab import SlabCache

@@ -14,7 +14,8 @@ from kvroute.serving.config import ServingConfig
 from kvroute.serving.engine_link import EngineLink
 from kvroute.serving.launching import looks_twice
 from kvroute.serving.plugin import NAME, register
-from kvroute.serving.vllm_base import VLLMBase, load_tokenizer
+from kvroute.serving.vllm_base import VLLMBase
+from kvroute.serving.vllm_core import load_tokenizer
 
 _CONNECTOR: Final = "kvroute.serving.connector"
 _FORCING: Final = "kvroute.serving.logits_processor:ForcedTokens"

@@ -1,4 +1,4 @@
-"""Heads: from a pooled vector to a difficulty or a confidence (DESIGN section 3; arXiv 2601.20326, section 4.2)."""
+"""Heads: from a pooled vector to a difficulty or a confidence (docs/concepts.md; arXiv 2601.20326, section 4.2)."""
 
 from __future__ import annotations
 

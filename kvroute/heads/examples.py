@@ -127,7 +127,7 @@ def window_examples(rows: Sequence[LabelRow], layout: Layout, *, every: int = EV
     A window holds everything up to there: the prompt, the mode's tokens and those written.
 
     Targets: a checkpoint that closes right 0; else 75 where the finished slow answer is right, else 100. In a fast
-    answer the question's label (DESIGN section 3).
+    answer the question's label (docs/concepts.md).
     """
     texts: list[tuple[int, ...]] = []
     items: list[Example] = []

@@ -20,7 +20,7 @@ Vectors = np.ndarray[Any, np.dtype[np.float32]]
 Floats = np.ndarray[Any, np.dtype[np.float64]]
 
 GRADES: Vectors = np.array([0.0, 0.25, 0.75, 1.0], dtype=np.float32)
-"""The four labels over 100 (DESIGN section 3)."""
+"""The four labels over 100 (docs/concepts.md)."""
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ from kvroute.heads.features import PrefillEngine, Reach, SumStore, check_spec, p
 from kvroute.heads.fitting import FITS, SETTINGS, Fitted, Rows, Setting, ridge_path
 from kvroute.heads.models import Floats, HeadModel, Vectors
 from kvroute.info import ModelInfo
-from kvroute.pooling import PoolingSpec, _Spec
+from kvroute.pooling import PoolingSpec, Spec
 from kvroute.progress import progress_bar
 
 Kind = Literal["mlp", "ridge", "logistic", "trees"]
@@ -42,7 +42,7 @@ _TOKENS: tuple[dict[str, Any], ...] = (
 )  # fmt: skip
 
 
-class SearchOptions(_Spec):
+class SearchOptions(Spec):
     """Bounds of a search."""
 
     spec: PoolingSpec | None = None

@@ -17,7 +17,7 @@ from pydantic import Field, StrictBool
 
 from kvroute.errors import AskError, SpecError
 from kvroute.features import AnswerPooling, FeaturePlan, FeatureRequest, Of, plan_features
-from kvroute.pooling import PRESETS, PoolingSpec, _Spec
+from kvroute.pooling import PRESETS, PoolingSpec, Spec
 from kvroute.serving.catalog import shown, suggestion
 from kvroute.thinking import Mode
 
@@ -55,7 +55,7 @@ class PooledFeature(PoolingSpec):
         return spec if self.of == "prompt" else AnswerPooling(spec)
 
 
-class Ask(_Spec):
+class Ask(Spec):
     """What one request wants."""
 
     features: dict[str, str | PooledFeature] = Field(default_factory=dict)

@@ -10,7 +10,8 @@ from kvroute.errors import InvalidInputError
 from kvroute.info import ModelInfo
 from kvroute.serving.sending import Sender
 from kvroute.serving.servers import Servers
-from kvroute.serving.vllm_base import VLLMBase, load_tokenizer
+from kvroute.serving.vllm_base import VLLMBase
+from kvroute.serving.vllm_core import load_tokenizer
 
 
 class VLLMClient(VLLMBase):

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Self
 from pydantic import Field, PrivateAttr, StrictBool
 
 from kvroute.errors import AskError, InvalidInputError
-from kvroute.pooling import _Spec
+from kvroute.pooling import Spec
 from kvroute.serving.asks import Ask, read_ask
 from kvroute.serving.catalog import Catalog, shown, suggestion
 from kvroute.thinking import ThinkingMode
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 
 
-class ServingConfig(_Spec):
+class ServingConfig(Spec):
     """Which heads and policies are served, what requests that ask nothing get, and how much one may ask.
 
     Making one reads the folders, once. What can't be used is off and logged. Not even a client's name ever becomes a

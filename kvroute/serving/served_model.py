@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 from kvroute.errors import KVRouteError
 from kvroute.info import LayerInfo, ModelInfo
 from kvroute.pooling import PRESETS
-from kvroute.serving.deciding import ThinkingTokens
 from kvroute.serving.messages import Array
+from kvroute.serving.thinking_tokens import ThinkingTokens
 from kvroute.serving.vllm_facts import layer_sizes
 from kvroute.token_weights import FrequencyTable
 

@@ -11,7 +11,6 @@ from scipy.stats import binom, binomtest
 
 from kvroute import InvalidInputError
 from kvroute.bounds import (
-    betting_lower,
     betting_p_value,
     betting_upper,
     binomial_lower,
@@ -96,7 +95,7 @@ def test_limits_cover() -> None:
     upper = [betting_upper(row, 0.1) for row in x]
     assert at_most(sum(u < 0.03 for u in upper), 250, 0.1)
     assert np.mean(upper) < 0.075  # and are no mere 1
-    lower = [betting_lower(row, 0.1) for row in x[:100]]
+    lower = [-betting_upper(-row, 0.1) for row in x[:100]]
     assert at_most(sum(v > 0.03 for v in lower), 100, 0.1)
     assert np.mean(lower) > -0.02
     tokens = np.random.default_rng(1).uniform(5, 55, size=300)

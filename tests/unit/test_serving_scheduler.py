@@ -9,7 +9,9 @@ import torch
 from kvroute.chains import ChainState
 from kvroute.pooling import PoolingSpec, pool
 from kvroute.serving.config import ServingConfig
-from kvroute.serving.scheduler import PIECE, SchedulerSide, scores_of_lengths
+from kvroute.serving.entries import PIECE
+from kvroute.serving.finishing import scores_of_lengths
+from kvroute.serving.scheduler import SchedulerSide
 from tests.unit.serving_steps import BLOCK, SIF, Engine
 
 SPECS = {

@@ -13,8 +13,8 @@ from kvroute.errors import AskError, InvalidInputError, UnsupportedModelError
 from kvroute.heads.head import DifficultyHead
 from kvroute.pooling import PRESETS
 from kvroute.serving.config import ServingConfig
-from kvroute.serving.deciding import ThinkingTokens
 from kvroute.serving.served_model import ServedModel
+from kvroute.serving.thinking_tokens import ThinkingTokens
 from kvroute.serving.vllm_facts import layer_sizes
 from kvroute.thinking import ThinkingMode
 

@@ -21,11 +21,11 @@ from kvroute.pooling import pool
 from kvroute.route_steering import ClosingMark, Request, RouteSteer
 from kvroute.serving.catalog import Catalog, ServedPolicy
 from kvroute.serving.config import ServingConfig
-from kvroute.serving.deciding import ThinkingTokens
 from kvroute.serving.forcing import Board
 from kvroute.serving.messages import StepResults
 from kvroute.serving.pages import LayerPages
 from kvroute.serving.scheduler import SchedulerSide
+from kvroute.serving.thinking_tokens import ThinkingTokens
 from kvroute.serving.worker import WorkerSide
 from kvroute.thinking import Layout
 from kvroute_kernels import KVView

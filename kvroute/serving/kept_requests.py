@@ -1,0 +1,66 @@
+"""What the scheduler's side keeps of a request: what it asks, how far it was read, and what the workers gave of it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from kvroute.features import FeaturePlan, Of
+from kvroute.heads.head import DifficultyHead
+from kvroute.pooling import PoolingSpec
+from kvroute.serving.deciding import Decided
+from kvroute.serving.messages import Array
+from kvroute.serving.worker import window_of
+
+BlockIds = Sequence[Sequence[int]]
+"""By KV cache group, a request's block ids."""
+
+
+@dataclass(slots=True)
+class KeptRequest:
+    """What is known of a running request; ``given`` tokens behind its prompt are an answer that came with it."""
+
+    prompt_len: int
+    plan: FeaturePlan | None
+    tokens: Sequence[int]
+    body: dict[str, Any] | None = None
+    error: str | None = None
+    given: int = 0
+    vectors: dict[str, tuple[Of, PoolingSpec]] = field(default_factory=dict)
+    of: frozenset[Of] = frozenset()  # what the vectors are of
+    window: int = 0  # tokens behind an answer's newest that windowed sums need
+    decided: Decided | None = None
+    confidence: DifficultyHead | None = None
+    sent: bool = False
+    seen: bool = False
+    pooled: bool = False
+    fed: int = 0
+    read: int = 0
+    aborted: bool = False
+    stop: int = 0  # tokens with keys and values, as far as was scheduled
+    gone: bool = False  # its pages, before they were read to the end
+    sums: dict[str, tuple[Array | None, Array | None, float]] = field(default_factory=dict)
+    steps: list[Array] = field(default_factory=list)
+    ends: tuple[float, Array, float] | None = None
+
+    def wants(self, vectors: dict[str, tuple[Of, PoolingSpec]]) -> None:
+        """Take the vectors that are asked for: what every step has to know of them is found out once."""
+        self.vectors = vectors
+        self.of = frozenset(of for of, _ in vectors.values())
+        self.window = max((window_of(s) or 0 for of, s in vectors.values() if of == "answer"), default=0)
+
+    @property
+    def answer_start(self) -> int | None:
+        """First token that its answer's features read; None while a mode's tokens may come before it."""
+        return self.prompt_len if self.decided is None else self.decided.answer_start
+
+
+@dataclass(slots=True)
+class Closing:
+    """A request that ended: what is known of it, its result, tokens of its answer, and its blocks while they last."""
+
+    state: KeptRequest
+    box: dict[str, Any]
+    answer: int
+    blocks: BlockIds
