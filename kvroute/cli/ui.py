@@ -88,6 +88,7 @@ def _listen(host: str, port: int) -> socket.socket:
     found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         found.bind((host, port))
+        found.listen()  # who comes before the model is there waits
     except OSError as error:
         found.close()
         raise InvalidInputError(

@@ -130,7 +130,7 @@ class Desk:
             KVRouteError: it can't be answered; before the first event where it can be told.
         """
         modes: list[str | None] = [None if wanted.mode == "policy" else wanted.mode]
-        if wanted.beside and self.router is not None and wanted.mode != "slow":
+        if wanted.beside and self.router is not None and "slow" not in (wanted.mode, self._always(wanted.mode)):
             modes.append("slow")
         options = SamplingOptions(
             max_tokens=min(wanted.max_tokens, self.most_tokens), temperature=wanted.temperature, seed=wanted.seed
@@ -158,6 +158,10 @@ class Desk:
             if self._columns is None:
                 self._columns = self.labelled.columns(self.engine)
             return self._columns
+
+    def _always(self, mode: str) -> str | None:
+        """The one mode that the policy knows, where it decides."""
+        return self.router.policy.kind if self.router is not None and mode == "policy" else None
 
     def _prompt(self, question: str) -> Prompt:
         chat = bool(getattr(self.engine.tokenizer, "chat_template", None))

@@ -174,7 +174,7 @@ def written(browser: Any, lane: int) -> str:
 def test_an_answer_streams_switches_and_is_coloured(page: Any) -> None:
     engine = TransformersEngine.from_pretrained(FOLDER / "model")
     confidence = DifficultyHead.load(FOLDER / "confidence", engine.info)
-    router = Router(engine, FOLDER / "policy.json", confidence=confidence, options=SamplingOptions(max_tokens=64))
+    router = Router(engine, FOLDER / "policy.json", confidence=confidence, options=SamplingOptions(max_tokens=192))
     switched = 0
     for example in THINKER_QUESTIONS:
         Select(find(page, "#examples")).select_by_visible_text(example.name)

@@ -10,13 +10,25 @@ import subprocess
 import sys
 import urllib.request
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from kvroute.ui.demo import THINKER_QUESTIONS, demo_folder
+from tiny_models import build_model, build_tokenizer
 
 Run = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def plain(tmp_path: Path) -> str:
+    """A model without a chat template: how it thinks is not known."""
+    build_model("llama").save_pretrained(tmp_path)
+    tokenizer = build_tokenizer()
+    tokenizer.chat_template = None
+    tokenizer.save_pretrained(tmp_path)
+    return str(tmp_path)
 
 
 def test_a_port_that_is_taken(run: Run) -> None:
@@ -29,14 +41,14 @@ def test_a_port_that_is_taken(run: Run) -> None:
     assert "--port" in err
 
 
-def test_labels_without_a_head(run: Run, tiny_folder: Callable[[str], str]) -> None:
-    code, _, err = run("ui", "--model", tiny_folder("llama"), "--labels", "nothing.jsonl", "--port", 0)
+def test_labels_without_a_head(run: Run, plain: str) -> None:
+    code, _, err = run("ui", "--model", plain, "--labels", "nothing.jsonl", "--port", 0)
     assert code == 2
     assert "need a head" in err
 
 
-def test_a_policy_for_a_model_that_does_not_think(run: Run, tiny_folder: Callable[[str], str]) -> None:
-    code, _, err = run("ui", "--model", tiny_folder("llama"), "--policy", "slow", "--port", 0)
+def test_a_policy_for_a_model_that_does_not_think(run: Run, plain: str) -> None:
+    code, _, err = run("ui", "--model", plain, "--policy", "slow", "--port", 0)
     assert code == 2
     assert "think" in err
 
@@ -62,10 +74,9 @@ def test_the_demo_is_the_checkouts_thinker() -> None:
     assert THINKER_QUESTIONS
 
 
-@pytest.mark.slow
-def test_it_serves_and_ends_at_ctrl_c(tiny_folder: Callable[[str], str]) -> None:
-    """A model without thinking tokens is served without routing; an interrupt ends it quietly."""
-    command = [sys.executable, "-m", "kvroute.cli", "ui", "--model", tiny_folder("llama"), "--port", "0"]
+def test_it_serves_and_ends_at_ctrl_c(plain: str) -> None:
+    """Such a model is served without routing; an interrupt ends it quietly."""
+    command = [sys.executable, "-m", "kvroute.cli", "ui", "--model", plain, "--port", "0"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as served:
         try:
             assert served.stdout is not None
@@ -73,7 +84,7 @@ def test_it_serves_and_ends_at_ctrl_c(tiny_folder: Callable[[str], str]) -> None
             place = line.split(" at ")[1].split(" ")[0]
             about = json.load(urllib.request.urlopen(f"{place}api/about", timeout=20))
             assert about["policy"] is None
-            assert "thinks" in about["no_router"]
+            assert "how it thinks is not known" in about["no_router"]
         finally:
             served.send_signal(signal.SIGINT)
             _, err = served.communicate(timeout=20)

@@ -96,7 +96,8 @@ function begin(wanted) {
   byId("legend").hidden = true;
   const title = { policy: about.policy ? "Routed" : "Answer", fast: "Fast", slow: "Slow" }[wanted.mode];
   lanes = [new Lane(title)];
-  if (about.policy && wanted.beside && wanted.mode !== "slow") lanes.push(new Lane("Always slow"));
+  const always = wanted.mode === "policy" ? about.policy?.kind : wanted.mode;
+  if (about.policy && wanted.beside && always !== "slow") lanes.push(new Lane("Always slow"));
   byId("lanes").replaceChildren(...lanes.map((l) => l.root));
   drawTokens();
   byId("difficulty-card").hidden = true;
