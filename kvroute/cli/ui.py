@@ -42,7 +42,7 @@ def command(
 ) -> None:
     """Serve a local page: answers as they are written, with difficulty, confidence and switches; thresholds; layers."""
     app_of = _require_extra()
-    from kvroute.ui.demo import THINKER_QUESTIONS, demo_folder
+    from kvroute.ui.demo import THINKER_PAIR, THINKER_QUESTIONS, demo_folder
     from kvroute.ui.guard import Hosts, is_loopback
 
     demo = demo_folder() if model is None else None
@@ -53,7 +53,7 @@ def command(
     try:
         desk = _desk(model or "smollm2", policy, head, confidence, labels, dtype, device, engine_name)
         if demo is not None:
-            desk.examples = THINKER_QUESTIONS
+            desk.examples, desk.pair = THINKER_QUESTIONS, THINKER_PAIR
         place = f"http://{_shown(host)}:{listening.getsockname()[1]}/"
         typer.echo(f"{desk.engine.info.name} at {place} (stop with Ctrl+C)")
         if not is_loopback(host):

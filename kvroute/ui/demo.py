@@ -27,3 +27,8 @@ THINKER_QUESTIONS: Final = (
     Example("what nobody can know", "draw next 69,75,11,72,81,09,80,91,56,98 from a hat"),
 )
 """Questions of its kinds (``examples/tiny_thinker/questions.py``)."""
+THINKER_PAIR: Final = (
+    "map next right:j>36,m>j,n>30,f>h,h>44,e>d,k>m,d>26 from m",
+    "map next right:j>36,m>j,n>30,f>h,h>44,e>d,k>m,d>26 from f",
+)
+"""Texts of its world: it knows no English."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import PurePath
 from typing import TYPE_CHECKING, Annotated, Any, Final, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints
@@ -73,6 +74,7 @@ class Desk:
         confidence: a trained confidence that is at hand, or None.
         labelled: a labelled file, or None.
         examples: questions to begin with.
+        pair: texts to compare at first.
     """
 
     engine: Engine
@@ -81,6 +83,7 @@ class Desk:
     confidence: DifficultyHead | None = None
     labelled: Labelled | None = None
     examples: Sequence[Example] = ()
+    pair: tuple[str, str] = ("A cat is sleeping on the sofa.", "The kitten naps on the couch.")
     _work: threading.Lock = field(default_factory=threading.Lock, repr=False)
     _columns: dict[str, Any] | None = field(default=None, repr=False)
 
@@ -105,7 +108,7 @@ class Desk:
         return {
             "version": __version__,
             "model": {
-                "name": info.name,
+                "name": _without_folders(info.name),
                 "architecture": info.architecture,
                 "layers": info.num_layers,
                 "context": info.context,
@@ -116,6 +119,7 @@ class Desk:
             "confidence": self.confidence is not None or served is not None,
             "labels": None if self.labelled is None else self.labelled.name,
             "examples": [{"name": e.name, "question": e.question} for e in self.examples],
+            "pair": list(self.pair),
             "limits": {
                 "characters": LONGEST,
                 "tokens": self.most_tokens,
@@ -166,3 +170,8 @@ class Desk:
     def _prompt(self, question: str) -> Prompt:
         chat = bool(getattr(self.engine.tokenizer, "chat_template", None))
         return [{"role": "user", "content": question}] if chat else question
+
+
+def _without_folders(name: str) -> str:
+    """A model's name; of a folder's path its end, which is enough to know it by."""
+    return "/".join(PurePath(name).parts[-2:])

@@ -171,6 +171,16 @@ def written(browser: Any, lane: int) -> str:
     return str(browser.execute_script(script, browser.find_elements(By.CSS_SELECTOR, ".lane .text")[lane]))
 
 
+def first_behind(browser: Any, mark: Any) -> int:
+    """The first token that stands behind a mark."""
+    script = """
+        const mark = arguments[0];
+        const behind = (s) => mark.compareDocumentPosition(s) & Node.DOCUMENT_POSITION_FOLLOWING;
+        return [...mark.closest('.lane').querySelectorAll('[data-token]')].find(behind).dataset.token;
+    """
+    return int(browser.execute_script(script, mark))
+
+
 def test_an_answer_streams_switches_and_is_coloured(page: Any) -> None:
     engine = TransformersEngine.from_pretrained(FOLDER / "model")
     confidence = DifficultyHead.load(FOLDER / "confidence", engine.info)
@@ -202,8 +212,7 @@ def test_an_answer_streams_switches_and_is_coloured(page: Any) -> None:
         if switch is not None:
             switched += 1
             assert f"at token {switch.token}" in marks[0].text
-            behind = page.execute_script("return arguments[0].nextElementSibling.dataset.token", marks[0])
-            assert int(behind) == switch.token
+            assert first_behind(page, marks[0]) == switch.token
             forced = page.find_elements(By.CSS_SELECTOR, ".lane:first-child .forced")
             assert forced
             picture(page, "ask-light")
@@ -368,7 +377,7 @@ def test_nothing_moves_where_that_is_not_wanted(page: Any) -> None:
         const made = document.createElement('div');
         made.className = 'writing';
         const text = document.createElement('div');
-        text.className = 'text';
+        text.className = 'segment';
         made.append(text);
         document.body.append(made);
         const name = getComputedStyle(text, '::after').animationName;

@@ -188,10 +188,7 @@ function drawDifficulty() {
   const policy = about.policy;
   chart.horizontal(decision.threshold ?? policy.tau, 0, last * 0.12, "threshold");
   if (policy.kind === "two-step") {
-    for (const [value, text] of [[policy.tau_slow, "opens a thought above"], [policy.tau_fast, "closes a thought below"]]) {
-      chart.horizontal(value, 0, last, "threshold");
-      chart.label(last, value, `${text} ${fixed(value)}`, { kind: "soft", side: "left" });
-    }
+    for (const value of [policy.tau_slow, policy.tau_fast]) chart.horizontal(value, 0, last, "threshold");
   }
   if (lane.change) {
     chart.vertical(lane.change.token, "moment");
@@ -202,8 +199,15 @@ function drawDifficulty() {
   for (const [token, d] of points.slice(1)) chart.dot(token, d, "dot", { title: `token ${token}: ${fixed(d)}` });
   chart.dot(0, decision.difficulty, "dot", { title: `question: ${fixed(decision.difficulty)}`, radius: 6, square: true });
   chart.label(0, decision.difficulty, `question ${fixed(decision.difficulty)}`, { above: decision.difficulty < 85 });
+  byId("difficulty-key").textContent = thresholdsText(decision, policy);
   const rows = [{ cells: ["question", fixed(decision.difficulty)] }, ...lane.checkpoints.map(([t, d]) => ({ cells: [`token ${t}`, fixed(d)] }))];
   byId("difficulty-table").replaceChildren(table(["read at", "difficulty"], rows, "Difficulties"));
+}
+
+function thresholdsText(decision, policy) {
+  const question = decision.threshold === null ? [] : [`the question's threshold ${fixed(decision.threshold)}`];
+  const more = policy.kind === "two-step" ? [`a thought closes below ${fixed(policy.tau_fast)} and opens above ${fixed(policy.tau_slow)}`] : [];
+  return question.length + more.length ? `Dotted: ${[...question, ...more].join("; ")}.` : "";
 }
 
 function difficultyText(lane) {

@@ -29,7 +29,7 @@ export class Chart {
     const width = Math.max(280, Math.round(place.clientWidth || 560));
     this.x = x;
     this.y = y;
-    this.box = { left: 46, right: width - 14, top: 14, bottom: height - 40 };
+    this.box = { left: 46, right: width - 14, top: 26, bottom: height - 40 };
     this.root = svg("svg", { viewBox: `0 0 ${width} ${height}`, role: "img", "aria-label": title });
     place.replaceChildren(this.root);
     this.#axes(width, height);
@@ -57,7 +57,7 @@ export class Chart {
     }
     this.add("line", { x1: left, x2: right, y1: bottom, y2: bottom, class: "axis" });
     this.add("text", { x: (left + right) / 2, y: height - 6, "text-anchor": "middle", class: "soft" }, this.x.label);
-    this.add("text", { x: left - 40, y: top - 3, class: "soft" }, this.y.label);
+    this.add("text", { x: 2, y: 12, class: "soft" }, this.y.label);
   }
 
   add(name, attributes, text) {

@@ -6,7 +6,10 @@ import { byId, fixed, request, showFault, table } from "./page.js";
 let found = null;
 
 export function startCompare(about) {
-  for (const id of ["first", "second"]) byId(id).maxLength = about.limits.characters;
+  for (const [i, id] of ["first", "second"].entries()) {
+    byId(id).maxLength = about.limits.characters;
+    byId(id).value = about.pair[i];
+  }
   byId("compare-form").addEventListener("submit", (event) => {
     event.preventDefault();
     compare();
@@ -46,6 +49,7 @@ function draw() {
     y: { low: low < 0 ? Math.max(-1, low - 0.05) : 0, high: 1, label: "cosine" },
     height: 280,
   });
+  if (low < 0) chart.horizontal(0, 0, last, "zero");
   for (const [values, kind, square, name] of [[k, "keys", false, "keys"], [v, "values", true, "values"]]) {
     const points = values.map((x, i) => [i, x]).filter(([, x]) => x !== null);
     chart.line(points, square ? `${kind} dashed` : kind);
@@ -60,8 +64,8 @@ function draw() {
 function label(chart, k, v) {
   const at = Math.floor(k.length / 2);
   if (k[at] === null || v[at] === null) return;
-  chart.label(at, k[at], "● keys", { above: k[at] >= v[at] });
-  chart.label(at, v[at], "■ values", { above: k[at] < v[at] });
+  chart.label(at, k[at], "● keys", { kind: "keys-text", above: k[at] >= v[at] });
+  chart.label(at, v[at], "■ values", { kind: "values-text", above: k[at] < v[at] });
 }
 
 function summary(k, v, free) {

@@ -110,6 +110,11 @@ export class Lane {
       root.title = reason ?? "";
       return;
     }
+    const last = root.lastElementChild;
+    if (last && last.textContent !== last.textContent.trimEnd()) {
+      last.dataset.raw ??= last.textContent;
+      last.textContent = last.textContent.trimEnd();
+    }
     root.classList.add(`c${band(confidence)}`);
     root.title = `confidence ${share(confidence)} by the end of this sentence`;
     root.append(element("span", { class: "conf" }, share(confidence)));

@@ -8,12 +8,20 @@ let about;
 let labelled = null;
 let asked = false;
 
+const SLIDERS = ["tau", "give-up", "tau-fast"];
+const chosen = {}; // a policy's own thresholds may lie between a slider's steps
+
 const NAMES = { test: "test", calibration: "calibration", validation: "validation" };
 
 export function startThresholds(found) {
   about = found;
   byId("no-labels").hidden = about.labels !== null;
-  for (const id of ["tau", "give-up", "tau-fast"]) byId(id).addEventListener("input", draw);
+  for (const id of SLIDERS) {
+    byId(id).addEventListener("input", () => {
+      chosen[id] = byId(id).valueAsNumber;
+      draw();
+    });
+  }
   byId("part").addEventListener("change", draw);
   byId("reset").addEventListener("click", () => {
     reset();
@@ -27,9 +35,10 @@ export function startThresholds(found) {
 function reset() {
   const policy = about.policy ?? {};
   const own = policy.kind === "one-step" || policy.kind === "two-step";
-  byId("tau").value = own ? policy.tau : 50;
-  byId("give-up").value = own ? (policy.give_up ?? 100) : 100;
-  byId("tau-fast").value = policy.kind === "two-step" ? policy.tau_fast : 0;
+  chosen.tau = own ? policy.tau : 50;
+  chosen["give-up"] = own ? (policy.give_up ?? 100) : 100;
+  chosen["tau-fast"] = policy.kind === "two-step" ? policy.tau_fast : 0;
+  for (const id of SLIDERS) byId(id).value = chosen[id];
 }
 
 async function load() {
@@ -59,23 +68,23 @@ async function load() {
 
 function thresholds() {
   return {
-    tau: byId("tau").valueAsNumber,
-    giveUp: byId("give-up").valueAsNumber,
-    tauFast: labelled.every === null ? 0 : byId("tau-fast").valueAsNumber,
+    tau: chosen.tau,
+    giveUp: chosen["give-up"],
+    tauFast: labelled.every === null ? 0 : chosen["tau-fast"],
   };
 }
 
 function draw() {
   if (!labelled || byId("view-thresholds").hidden) return;
   const part = labelled.parts[byId("part").value];
-  const chosen = thresholds();
-  byId("tau-out").value = fixed(chosen.tau);
-  byId("give-up-out").value = chosen.giveUp >= 100 ? "never" : fixed(chosen.giveUp);
-  byId("tau-fast-out").value = chosen.tauFast <= 0 ? "never" : fixed(chosen.tauFast);
+  const set = thresholds();
+  byId("tau-out").value = fixed(set.tau);
+  byId("give-up-out").value = set.giveUp >= 100 ? "never" : fixed(set.giveUp);
+  byId("tau-fast-out").value = set.tauFast <= 0 ? "never" : fixed(set.tauFast);
   const known = references(part);
-  const here = evaluate(part, chosen);
+  const here = evaluate(part, set);
   drawReadout(known, here);
-  drawCurve(part, known, here, chosen);
+  drawCurve(part, known, here, set);
   const cut = part.rows < part.of ? ` The first ${part.rows} of ${part.of} rows.` : "";
   byId("curve-note").textContent =
     `${labelled.file}, rows that ${labelled.head} was not trained on.${cut} A point on these rows promises nothing about others: ` +
@@ -101,9 +110,9 @@ function drawReadout(known, here) {
   );
 }
 
-function drawCurve(part, known, here, chosen) {
-  const plain = curve(part, { giveUp: chosen.giveUp, tauFast: 0 });
-  const closing = chosen.tauFast > 0 ? curve(part, chosen) : [];
+function drawCurve(part, known, here, set) {
+  const plain = curve(part, { giveUp: set.giveUp, tauFast: 0 });
+  const closing = set.tauFast > 0 ? curve(part, set) : [];
   const every = [...plain, ...closing, known.fast, known.slow, known.oracle, here];
   const [left, right] = [Math.min(...every.map((p) => p.tokens)), Math.max(...every.map((p) => p.tokens))];
   const [low, high] = [Math.min(...every.map((p) => p.accuracy)), Math.max(...every.map((p) => p.accuracy))];
@@ -127,6 +136,7 @@ function drawCurve(part, known, here, chosen) {
   mark("oracle", known.oracle, true);
   chart.dot(here.tokens, here.accuracy, "here", { radius: 7, title: "these thresholds" });
   chart.label(here.tokens, here.accuracy, "here", { kind: "moment-text", above: false });
-  const key = closing.length ? "line: any “think above”, closing as set · dashed: without closing · dotted: by chance" : "line: any “think above” · dotted: by chance";
-  chart.add("text", { x: chart.box.right, y: chart.box.bottom - 8, "text-anchor": "end", class: "soft" }, key);
+  byId("curve-key").textContent = closing.length
+    ? "Line: any “think above”, the others as set. Dashed: without closing. Dotted: thinking by chance."
+    : "Line: any “think above”, the other as set. Dotted: thinking by chance.";
 }
