@@ -29,6 +29,6 @@ THINKER_QUESTIONS: Final = (
 """Questions of its kinds (``examples/tiny_thinker/questions.py``)."""
 THINKER_PAIR: Final = (
     "map next right:j>36,m>j,n>30,f>h,h>44,e>d,k>m,d>26 from m",
-    "map next right:j>36,m>j,n>30,f>h,h>44,e>d,k>m,d>26 from f",
+    "map so:c>e,d>k,e>g,f>h,g>19,h>70,j>c,m>42,n>08 from c",
 )
 """Texts of its world: it knows no English."""
