@@ -32,6 +32,7 @@ from kvroute.heads.confidence import Confidence, vector_confidence
 from kvroute.route_steering import RouteSteer
 from kvroute.routed_answers import with_confidence
 from kvroute.routed_stream import routed_pieces
+from kvroute.router_parts import prompt_requests
 from kvroute.self_evaluation import SelfEvaluator
 from kvroute.ui.sentences import Sentences
 
@@ -184,7 +185,7 @@ class Watcher:
             pieces = router.stream(prompts, mode=modes, options=options, cancel=cancel)
         else:
             # As Router.stream does, with a steer that lets the cache be read and the decision be seen on the way.
-            requests = router._requests(prompts, modes, None)
+            requests = prompt_requests(router, prompts, modes, None, None)
             chunks = router.engine.stream(
                 [TokenIds(tuple(r.layout.base)) for r in requests],
                 features=with_confidence(router, None),
