@@ -87,6 +87,7 @@ def test_wheel_holds_the_packages_and_nothing_else(built: tuple[Path, Path, Path
     # What is not Python, by name: types for users, and the source that is compiled where it is used.
     assert {f"{n}/py.typed" for n in PACKAGES[:3]} | {"llama_index/embeddings/kvroute/py.typed"} <= inside
     assert "kvroute_kernels/paged_pool_native.cpp" in inside
+    assert {"kvroute/ui/static/index.html", "kvroute/ui/static/main.js", "kvroute/ui/static/style.css"} <= inside
     # llama_index and llama_index.embeddings belong to many distributions.
     assert not {"llama_index/__init__.py", "llama_index/embeddings/__init__.py"} & inside
 

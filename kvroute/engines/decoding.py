@@ -329,7 +329,7 @@ class DecodeSession:
             self._keep(ended)
         now = time.perf_counter()
         for r in ended:
-            self.rows[r].ended_at, self.rows[r].ran = now, self._held(r)
+            self.rows[r].ended_at, self.rows[r].ran = now, self.held(r)
         self.active = [r for r in self.active if not self.rows[r].finish]
 
     def _keep(self, ended: Sequence[int]) -> None:
@@ -337,7 +337,7 @@ class DecodeSession:
         if len(self.cache.attention_layers) != len(self.cache.layers):
             return
         for r in ended:
-            row, held = self.rows[r], self._held(r)
+            row, held = self.rows[r], self.held(r)
             cache = self.cache.copy_sequence(self.model.config, self.lanes.index(r), row.pad, held)
             row.kept = Prefix(tuple((row.prompt + row.tokens)[:held]), cache, *self.model_id)
 
@@ -346,7 +346,7 @@ class DecodeSession:
     def view(self, rows: Sequence[int]) -> KVView:
         """The cache of some rows: their prompts and the answers' tokens but the last."""
         lanes = [self.lanes.index(r) for r in rows]
-        lengths = [self._held(r) for r in self.lanes]
+        lengths = [self.held(r) for r in self.lanes]
         view = self.cache.view(torch.tensor(lengths, device=self.device), self.padding)
         return view if lanes == list(range(len(self.lanes))) else view.select_sequences(lanes)
 
@@ -360,16 +360,25 @@ class DecodeSession:
         r = self.rows[row]
         return max(min(self.slots - r.pad - len(r.prompt), len(r.tokens) - 1), 0)
 
-    def _held(self, row: int) -> int:
-        """Tokens of a row in the cache, prompt included."""
+    def held(self, row: int) -> int:
+        """Tokens of a row in the cache, prompt included, but never an answer's last one."""
         r = self.rows[row]
         return min(self.slots - r.pad, len(r.prompt) + max(len(r.tokens) - 1, 0))
 
     # ------------------------------------------------------------------ what a steering sees
 
-    def pooled(self, rows: Sequence[int], spec: PoolingSpec) -> np.ndarray[Any, np.dtype[np.float32]]:
-        """Pooled vectors of all that is in the cache of some rows: see :class:`SteeredSession`."""
-        return self.features.pool_rows(list(rows), spec, [0] * len(rows), [self._held(r) for r in rows])
+    def pooled(
+        self,
+        rows: Sequence[int],
+        spec: PoolingSpec,
+        *,
+        start: Sequence[int] | None = None,
+        stop: Sequence[int] | None = None,
+    ) -> np.ndarray[Any, np.dtype[np.float32]]:
+        """Pooled vectors of what is in the cache of some rows: see :class:`SteeredSession`."""
+        first = [0] * len(rows) if start is None else list(start)
+        last = [self.held(r) for r in rows] if stop is None else list(stop)
+        return self.features.pool_rows(list(rows), spec, first, last)
 
     def tokens_of(self, row: int) -> Sequence[int]:
         """The row's tokens behind its prompt."""

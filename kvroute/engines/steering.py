@@ -20,11 +20,28 @@ Vectors = np.ndarray[Any, np.dtype[np.float32]]
 class SteeredSession(Protocol):
     """What a steering sees of a batch. Rows are numbered within the batch."""
 
-    def pooled(self, rows: Sequence[int], spec: PoolingSpec) -> Vectors:
-        """Pooled vectors ``[rows, dim]`` of all that is in the cache: prompt, forced and written tokens.
+    def pooled(
+        self,
+        rows: Sequence[int],
+        spec: PoolingSpec,
+        *,
+        start: Sequence[int] | None = None,
+        stop: Sequence[int] | None = None,
+    ) -> Vectors:
+        """Pooled vectors ``[rows, dim]`` of what is in the cache: prompt, forced and written tokens.
 
         A token that was chosen but not run yet has no keys and values, so it is not in it.
+
+        Args:
+            rows: which.
+            spec: how.
+            start: by row the first token, the prompt's included in the count; 0 by default.
+            stop: by row one past the last, at most :meth:`held`, which is the default.
         """
+        ...
+
+    def held(self, row: int) -> int:
+        """Tokens of a row in the cache that :meth:`pooled` may read, prompt included."""
         ...
 
     def tokens_of(self, row: int) -> Sequence[int]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from collections.abc import AsyncGenerator, Callable, Iterator, Mapping
 from contextlib import suppress
 from typing import Any, TypeVar
 
@@ -28,7 +28,7 @@ async def call_in_thread(work: Callable[..., T], arguments: Mapping[str, Any]) -
         raise
 
 
-async def in_thread(items: Iterator[T], cancel: CancelToken) -> AsyncIterator[T]:
+async def in_thread(items: Iterator[T], cancel: CancelToken) -> AsyncGenerator[T, None]:
     """Run an iterator in a thread of its own and give its items here.
 
     Args:
