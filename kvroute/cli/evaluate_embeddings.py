@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -16,6 +14,7 @@ from kvroute.cli.common import (
     Json,
     Model,
     Quiet,
+    command_line,
     load_engine,
     load_spec,
     names_in,
@@ -96,7 +95,7 @@ def command(
     tasks = load_tasks(data, rows)
     engine = load_engine(model, dtype, device)
     report = evaluate_embeddings(engine, tasks, options, folder=out / "states", progress=show_progress(quiet))
-    written = report.save(out, command=shlex.join(["kvroute", *sys.argv[1:]]))
+    written = report.save(out, command=command_line())
     if as_json:
         print_json(report.to_dict() | {"files": [str(p) for p in written]})
         return
