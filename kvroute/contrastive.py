@@ -25,6 +25,7 @@ PENALTIES = (0.03, 0.1, 0.3)
 TEMPERATURE = 0.05
 _PATIENCE = 2
 _HELD = 0.07
+"""Share of the texts, by a hash of them, whose pairs are held out."""
 
 
 class TextPair(NamedTuple):
@@ -58,12 +59,13 @@ class Rows(NamedTuple):
 
 
 def split_pairs(pairs: Sequence[TextPair]) -> tuple[list[TextPair], list[TextPair]]:
-    """Pairs to train on and pairs to choose on, each of which has a text that is in no pair to train on; by a hash.
+    """Pairs to train on and pairs to choose on, each of which has a text that is in no pair to train on.
 
     Raises:
         InvalidInputError: too few pairs for both.
     """
-    held_texts = {t for p in pairs for t in (p.a, p.b) if _share(t) < _HELD}
+    texts = sorted({t for p in pairs for t in (p.a, p.b)}, key=_digest)
+    held_texts = set(texts[: max(round(_HELD * len(texts)), 1)])
     train = [p for p in pairs if p.a not in held_texts and p.b not in held_texts]
     held = [p for p in pairs if p.a in held_texts or p.b in held_texts]
     if len(train) < 8 or len(held) < 2:
@@ -73,8 +75,8 @@ def split_pairs(pairs: Sequence[TextPair]) -> tuple[list[TextPair], list[TextPai
     return train, held
 
 
-def _share(text: str) -> float:
-    return int.from_bytes(hashlib.sha256(f"held:{text}".encode()).digest()[:4], "big") / 2**32
+def _digest(text: str) -> str:
+    return hashlib.sha256(f"held:{text}".encode()).hexdigest()
 
 
 def fit_projection(

@@ -26,11 +26,12 @@ from kvroute.embedding_evaluation.measures import (
     v_measure,
 )
 from kvroute.embedding_evaluation.pairs import open_pairs
+from kvroute.embedding_evaluation.references import reference
 from kvroute.embedding_evaluation.results import Judge
 from kvroute.embedding_evaluation.run import BEST_HIDDEN, CHOSEN, CHOSEN_HALF
 from kvroute.embedding_evaluation.states import FORMS, Reader, States
 from kvroute.embedding_evaluation.tasks import Classification, Retrieval, Sts
-from kvroute.errors import InvalidInputError, SpecError, UnsupportedModelError
+from kvroute.errors import InvalidInputError, ModelLoadError, SpecError, UnsupportedModelError
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
@@ -407,3 +408,24 @@ def test_a_reference_that_is_not_installed_is_left_out_only_if_nobody_asked(
     assert "eval" in report.left_out["bm25"]
     with pytest.raises(ImportError, match="eval"):
         run(references=("bm25",))
+
+
+def test_a_folder_of_sentence_transformers_is_a_reference(
+    forms: dict[str, States], tmp_path: Path, tiny_tokenizer: Any
+) -> None:
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.sentence_transformer.modules import StaticEmbedding
+
+    made = StaticEmbedding(tiny_tokenizer._tokenizer, embedding_dim=8)  # the kind that model2vec distils
+    model = SentenceTransformer(modules=[made], device="cpu")
+    model.save(str(tmp_path / "static"))
+    evaluator = Evaluator(made_up_for(forms), forms, dimension=5, fit_texts=10, seed=0)
+    texts = forms["plain"].texts
+    found = reference(str(tmp_path / "static"), evaluator, texts, texts[:3], progress=False)
+    assert (found.name, found.dimension) == ("static", 8)
+    assert found.raw is not None
+    assert found.raw.tasks() == found.rows.tasks()
+    np.testing.assert_allclose(found.vectors, model.encode(texts, show_progress_bar=False), atol=1e-6)
+    (tmp_path / "nothing").mkdir()
+    with pytest.raises(ModelLoadError, match="nothing"):
+        reference(str(tmp_path / "nothing"), evaluator, texts, texts[:3], progress=False)
