@@ -38,12 +38,14 @@ if TYPE_CHECKING:
     from kvroute.cascade import Cascade, Cascaded
     from kvroute.chains import ChainScores, ChainSpec, ChainState, chain_scores
     from kvroute.checkers import CheckResult
+    from kvroute.contrastive import TextPair
     from kvroute.conversation import Conversation
     from kvroute.decisions import Decision, Routed, RoutedChunk, Switch
     from kvroute.drift import DriftHealth, DriftMonitor
     from kvroute.embedder import KVEmbedder
     from kvroute.embedder_handle import EmbedderHandle
     from kvroute.embedder_identity import EmbeddingIdentity
+    from kvroute.embedding_evaluation import EmbeddingReport, EvaluationOptions, evaluate_embeddings
     from kvroute.engines.base import Engine
     from kvroute.engines.handle import EngineHandle, EngineName
     from kvroute.engines.prefix import Prefix
@@ -68,6 +70,7 @@ if TYPE_CHECKING:
     from kvroute.info import LayerInfo, ModelInfo
     from kvroute.label_rows import LabelRow, read_labels
     from kvroute.labelling import label_questions
+    from kvroute.mteb_encoder import KVRouteEncoder
     from kvroute.policy import Policy
     from kvroute.pooling import PRESETS, PoolingSpec, pool
     from kvroute.postprocess import PostProcessor
@@ -110,14 +113,17 @@ _LAZY = {
     "DriftMonitor": "kvroute.drift",
     "EmbedderHandle": "kvroute.embedder_handle",
     "EmbeddingIdentity": "kvroute.embedder_identity",
+    "EmbeddingReport": "kvroute.embedding_evaluation",
     "Engine": "kvroute.engines.base",
     "EngineHandle": "kvroute.engines.handle",
     "EngineName": "kvroute.engines.handle",
     "Evaluation": "kvroute.evaluation",
+    "EvaluationOptions": "kvroute.embedding_evaluation",
     "FrequencyTable": "kvroute.token_weights",
     "Generation": "kvroute.generation",
     "GenerationChunk": "kvroute.generation",
     "KVEmbedder": "kvroute.embedder",
+    "KVRouteEncoder": "kvroute.mteb_encoder",
     "KVView": "kvroute_kernels",
     "LabelRow": "kvroute.label_rows",
     "LayerInfo": "kvroute.info",
@@ -144,6 +150,7 @@ _LAZY = {
     "SearchOptions": "kvroute.heads.search",
     "SelfEvaluator": "kvroute.self_evaluation",
     "Switch": "kvroute.decisions",
+    "TextPair": "kvroute.contrastive",
     "ThinkingMode": "kvroute.thinking",
     "Timings": "kvroute.generation",
     "TokenIds": "kvroute.generation",
@@ -155,6 +162,7 @@ _LAZY = {
     "Voted": "kvroute.voting",
     "certify": "kvroute.guarantee",
     "chain_scores": "kvroute.chains",
+    "evaluate_embeddings": "kvroute.embedding_evaluation",
     "evaluate_head": "kvroute.routing_evaluation",
     "label_questions": "kvroute.labelling",
     "one_step_candidate": "kvroute.candidates",
@@ -195,17 +203,20 @@ __all__ = [
     "DriftMonitor",
     "EmbedderHandle",
     "EmbeddingIdentity",
+    "EmbeddingReport",
     "EmptyTextError",
     "Engine",
     "EngineHandle",
     "EngineName",
     "Evaluation",
+    "EvaluationOptions",
     "FileFormatError",
     "FrequencyTable",
     "Generation",
     "GenerationChunk",
     "InvalidInputError",
     "KVEmbedder",
+    "KVRouteEncoder",
     "KVRouteError",
     "KVView",
     "LabelRow",
@@ -240,6 +251,7 @@ __all__ = [
     "ServerUnreachableError",
     "SpecError",
     "Switch",
+    "TextPair",
     "TextTooLongError",
     "ThinkingMode",
     "Timings",
@@ -255,6 +267,7 @@ __all__ = [
     "__version__",
     "certify",
     "chain_scores",
+    "evaluate_embeddings",
     "evaluate_head",
     "label_questions",
     "one_step_candidate",

@@ -22,6 +22,8 @@ from kvroute.token_weights import FrequencyTable
 if TYPE_CHECKING:
     import torch
 
+    from kvroute.contrastive import TextPair
+
 _KIND = "kvroute.embedder"
 _PLACE = "{text}"
 _CONFIG, _POSTPROCESS, _FREQUENCIES = "embedder.json", "postprocess.safetensors", "frequencies.safetensors"
@@ -53,7 +55,7 @@ class KVEmbedder:
             ``query`` and ``encode_document`` uses ``document`` where they are given, as in sentence-transformers.
         frequencies: token frequencies for a spec with ``weights="sif"``; by default those that the tokenizer's
             vocabulary suggests. vLLM weighs by these itself.
-        postprocess: fitted post-processing; see :meth:`fit`.
+        postprocess: fitted post-processing; see :meth:`fit` and :meth:`fit_pairs`.
         truncate: whether a text past the context is cut, or is an error.
 
     Raises:
@@ -216,6 +218,39 @@ class KVEmbedder:
         fitted = PostProcessor.fit(vectors, method, dimension, power=power, blocks=self._blocks())
         digest = hashlib.sha256(json.dumps(listed).encode()).hexdigest()[:16]
         fitted.facts = {**self._bound_to(), "texts": len(listed), "texts_digest": digest}
+        self.postprocess = fitted
+        return self
+
+    def fit_pairs(
+        self, pairs: Sequence[TextPair | tuple[str, str]], *, texts: Sequence[str] = (), dimension: int | None = None,
+        epochs: int = 30, seed: int = 0, prompt_name: str | None = None, truncate: bool | None = None,
+        progress: bool | None = None,
+    ) -> Self:  # fmt: skip
+        """Train a linear projection on pairs of texts that belong together: a question and its answer, two texts of one
+        label, paraphrases. The model stays as it is. Replaces what was fitted; saved and loaded like it.
+
+        Args:
+            pairs: some hundreds at least; :class:`~kvroute.contrastive.TextPair` also says which pairs are no negatives
+                of each other.
+            texts: further texts like those to be embedded, without a pair, for the whitening that it starts from.
+            dimension: sizes kept; by default 256, or as many as the texts allow.
+            epochs, seed: see :func:`kvroute.contrastive.fit_projection`.
+            prompt_name, truncate, progress: as in :meth:`encode`.
+
+        Raises:
+            InvalidInputError: too few pairs, or a text that can't be embedded. What was fitted before stays.
+        """
+        from kvroute.contrastive import TextPair, fit_projection
+
+        given = [p if isinstance(p, TextPair) else TextPair(*p) for p in pairs]
+        listed = _as_texts(dict.fromkeys([t for p in given for t in (p.a, p.b)] + _as_texts(texts)))
+        vectors = self._pooled(listed, prompt_name, None, truncate, progress)
+        fitted = fit_projection(
+            vectors, listed, given, dimension=dimension, blocks=self._blocks(), epochs=epochs, seed=seed,
+            progress=progress,
+        )  # fmt: skip
+        digest = hashlib.sha256(json.dumps(given).encode()).hexdigest()[:16]
+        fitted.facts = {**fitted.facts, **self._bound_to(), "pairs_digest": digest}
         self.postprocess = fitted
         return self
 

@@ -16,7 +16,7 @@ import numpy as np
 from kvroute.errors import FileFormatError, InvalidInputError
 from kvroute.files import read_tensors, write_tensors
 
-Method = Literal["center", "standardize", "whiten", "project"]
+Method = Literal["center", "standardize", "whiten", "project", "contrastive"]
 Array = np.ndarray[Any, np.dtype[np.float32]]
 
 _KIND = "kvroute.postprocess"
@@ -31,7 +31,7 @@ class PostProcessor:
         method: how it was fitted.
         mean: ``[dim]``.
         scale: ``[dim]``, for ``standardize``.
-        components: ``[dim, out]``, for ``whiten`` and ``project``.
+        components: ``[dim, out]``, for ``whiten``, ``project`` and ``contrastive``.
         fitted_on: how many vectors it was fitted on.
         facts: what else is saved with it: the model, the spec and a digest of the texts, where they are known.
 
@@ -104,6 +104,8 @@ class PostProcessor:
             raise InvalidInputError(
                 f"No method is named {method!r}.", hint=f"There are: {', '.join(get_args(Method))}."
             )
+        if method == "contrastive":
+            raise InvalidInputError("A contrastive projection is trained on pairs.", hint="Use KVEmbedder.fit_pairs.")
         if x.ndim != 2 or len(x) < 2:
             raise InvalidInputError(f"Post-processing is fitted on at least 2 vectors, not on {list(x.shape)}.")
         if not np.isfinite(x).all():

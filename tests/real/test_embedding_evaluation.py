@@ -1,0 +1,34 @@
+"""The evaluation of embeddings on the real SmolLM2, with rows whose answers a model of language knows."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
+
+from _made_up_tasks import made_up_tasks
+from kvroute import TransformersEngine
+from kvroute.embedding_evaluation import EvaluationOptions, evaluate_embeddings
+
+pytestmark = pytest.mark.real
+
+
+def test_smollm2_tells_animals_from_money_and_finds_the_document(smollm2: TransformersEngine, tmp_path: Path) -> None:
+    options = EvaluationOptions(
+        references=("minilm", "bm25"), train=True, dimension=16, fit_texts=60, rounds=50, every=7
+    )
+    report = evaluate_embeddings(smollm2, made_up_tasks(), options, folder=tmp_path / "states", progress=False)
+    for name in ("`best`", "`best`, trained projection", "MiniLM"):
+        found = report.figures[name]["tasks"]
+        assert found["made_up_topics"].value >= 0.75, name
+        assert found["made_up_facts"].value >= 0.9, name
+        assert found["made_up_pairs"].value >= 0.6, name
+    best, half = report.methods["`best`"], report.methods["as `best`, half the depth"]
+    assert best.depth == 7
+    assert half.depth == 15
+    assert best.ms < half.ms  # type: ignore[operator]
+    files = report.save(tmp_path / "report", command="kvroute evaluate embeddings")
+    assert all(f.stat().st_size > 10_000 for f in files)
