@@ -15,7 +15,6 @@ set and judges another. With --quick, or without the data, the tiny thinker's ki
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -33,7 +32,7 @@ from quality.crossfit import Judged, SetAuroc, fit_and_judge, transfer
 
 COUNTS_FROM = 5.0
 """Points of accuracy that slow must be ahead by."""
-KV, HIDDEN = "keys and values", "hidden state, layer chosen"
+KV, HIDDEN, SET = "keys and values", "hidden state, layer chosen", "the set alone"
 MODELS = {"qwen": "Qwen2.5-Coder-0.5B-Instruct"}
 
 
@@ -124,11 +123,14 @@ def features_table(
     for name, found in judged.items():
         point = point_figures(found.point, modes, drawn)
         cells = [
-            *(interval(*told.mean(found.difficulty)) for told in (fast_wrong, only_slow)),
+            *(interval(*of.mean(found.difficulty)) for of in (fast_wrong, only_slow)),
             gap_recovered(found.sweep, modes, drawn),
             at_equal_accuracy(found.sweep, modes, drawn).of_slow,
         ]
-        lines.append((name, *map(shown, cells), shown(in_points(point.accuracy_gain), 1), shown(point.of_slow)))
+        told = ["-", "-"] if name == SET else [shown(c) for c in cells[:2]]  # alike for all rows of a set
+        lines.append(
+            (name, *told, *map(shown, cells[2:]), shown(in_points(point.accuracy_gain), 1), shown(point.of_slow))
+        )
     line = modes.random()
     lines.append(
         ("at random", "0.500", "0.500", "0.500", shown(at_equal_accuracy(line, modes, drawn).of_slow), "-", "-")
@@ -210,9 +212,11 @@ def report(
     only_slow = SetAuroc(slow & ~fast, strata, draws=arguments.draws, seed=seed)
     vectors = prompts.candidates()
     names = list(dict.fromkeys(strata))
+    # As many of each outcome in all folds: else a fold's mean, which training rows lack, drags useless features down.
+    kinds = [f"{s} {a:d} {b:d}" for s, a, b in zip(strata, fast, slow, strict=True)]
     if len(names) > 1:
         known = np.array([[s == name for name in names] for s in strata], dtype=np.float32)
-        vectors["the set alone"] = [("set", known)]
+        vectors[SET] = [("set", known)]
     targets = {
         "label": np.array([r.label for r in rows], dtype=np.float64) / 100,
         "gain": 0.5 + (modes.slow.right - modes.fast.right) / 2,
@@ -221,7 +225,7 @@ def report(
     by_run: dict[tuple[str, str], dict[str, Judged]] = {}
     for target, head in runs[: 2 if arguments.quick else 3]:
         judged = {
-            name: fit_and_judge(candidates, targets[target], modes, strata, groups, seed=seed, head=head)
+            name: fit_and_judge(candidates, targets[target], modes, kinds, groups, seed=seed, head=head)
             for name, candidates in vectors.items()
         }
         by_run[target, head] = judged
@@ -231,7 +235,7 @@ def report(
             print(f"- {name}: chosen by fold: {'; '.join(judged[name].chosen)}")
         print()
     main_run, gain_run = by_run["label", "ridge"], by_run["gain", "ridge"]
-    per_set = {name: fast_wrong.by_set(j.difficulty) for name, j in main_run.items()}
+    per_set = {name: fast_wrong.by_set(j.difficulty) for name, j in main_run.items() if name != SET}
     shown_sets = list(per_set[KV])
     lines = [(name, *(shown(interval(*found[s])) for s in shown_sets)) for name, found in per_set.items()]
     print("AUROC of fast is wrong by set, target label, head ridge:\n")
@@ -246,8 +250,6 @@ def report(
         figures[f"transfer_auroc_{feature.replace(' ', '_').lower()}"] = Figure(off, off, off, None, None, n)
     figures |= compared(main_run, gain_run, modes, drawn, fast_wrong, n)
     print(figure_table(figures))
-    if arguments.json:
-        print(json.dumps({"chosen": {f"{t} {h} {k}": v.chosen for (t, h), j in by_run.items() for k, v in j.items()}}))
     return figures
 
 
@@ -259,7 +261,7 @@ def compared(
     mine, mine_drawn = fast_wrong.mean(label[KV].difficulty)
     figures["kv_auroc_fast_is_wrong"] = figure(interval(mine, mine_drawn), None, n)
     for name, other in label.items():
-        if name == KV:
+        if name in (KV, SET):
             continue
         value, values = fast_wrong.mean(other.difficulty)
         short = name.replace(" ", "_").replace(",", "").replace("'", "").lower()

@@ -120,13 +120,17 @@ class Prompts:
         length = np.stack([self.length, np.log(self.length)], axis=1).astype(np.float32)
         states = [(f"layer {i}", self.hidden[:, i]) for i in range(1, layers + 1)]
         return {
-            "keys and values": [(s.to_json(), store.vectors(s)) for s in specs],
+            "keys and values": [(_named(s), store.vectors(s)) for s in specs],
             "keys and values, paper's pooling": [("paper-classifier", store.vectors(PRESETS["paper-classifier"]))],
             "question length": [("length", length)],
             "MiniLM": [("minilm", self.minilm)],
             "last hidden state": [states[-1]],
             "hidden state, layer chosen": states,
         }
+
+
+def _named(spec: PoolingSpec) -> str:
+    return f"{spec.part.upper()} {spec.layers}, {spec.tokens}"
 
 
 def read_prompts(engine: TransformersEngine, rows: Sequence[LabelRow], cache: Path) -> Prompts:

@@ -80,7 +80,7 @@ def fit_and_judge(
         candidates: its vectors ``[n, dim]`` by name.
         y: ``[n]`` what the head shall give, in [0, 1]; higher is harder.
         modes: what each mode gets for each row.
-        strata, groups: ``[n]`` set and skeleton of each row.
+        strata, groups: ``[n]`` set (and outcome) and skeleton of each row; each stratum is spread over all folds.
         seed: of the folds.
         head: ``ridge`` or ``mlp``; the vectors are chosen by ridge in either case.
     """

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 REPORT, PAGE = "reproduction.json", "reproduction.html"
+COLUMNS = ("figure", "published", "ours", "difference", "95 % interval", "published is in it")
 _UNKNOWN = "not known here"
 
 
@@ -103,24 +104,11 @@ class Reproduction:
         from rich.table import Table
 
         table = Table(title=f"{self.recipe.name}: {self.recipe.model}")
-        for heading in ("figure", "published", "ours", "difference", "95 % interval", "published is in it"):
+        for heading in COLUMNS:
             table.add_column(heading, overflow="fold")
         for row in self.rows:
-            table.add_row(*self._cells(row))
+            table.add_row(*("-" if cell is None else cell for cell in _cells(row)))
         return table
-
-    @staticmethod
-    def _cells(row: Row) -> list[str]:
-        digits = 1 if row.figure.endswith(".tokens") else 3
-
-        def shown(value: float | None, missing: str = "-", form: str = "") -> str:
-            return missing if value is None else f"{value:{form}.{digits}f}"
-
-        interval = "-" if row.low is None else f"{shown(row.low)} to {shown(row.high)}"
-        return [
-            row.figure, shown(row.published, _UNKNOWN if row.stated else "-"), shown(row.ours),
-            shown(row.difference, form="+"), interval, {True: "yes", False: "no", None: "-"}[row.agrees],
-        ]  # fmt: skip
 
     def save(self, folder: Path, command: str | None = None) -> list[Path]:
         """Write ``reproduction.json`` and ``reproduction.html``.
@@ -145,11 +133,10 @@ class Reproduction:
         )  # fmt: skip
         page.add_table(
             "Published and ours",
-            ("figure", "published", "ours", "low", "high", "difference", "published is in the interval"),
-            [(r.figure, _UNKNOWN if r.stated and r.published is None else r.published, r.ours, r.low, r.high,
-              r.difference, {True: "yes", False: "no", None: None}[r.agrees]) for r in self.rows],
+            COLUMNS,
+            [_cells(row) for row in self.rows],
             note="Accuracies, AUROC and FPR95 lie in [0, 1]; tokens are those of an answer on the mean.",
-        )  # fmt: skip
+        )
         for part in () if self.recipe.routing is None else self.recipe.routing.test:
             page.add_plot(
                 f"{part.name}: accuracy over tokens", plot_policies(part.name, self.rows),
@@ -186,6 +173,20 @@ def plot_policies(name: str, rows: tuple[Row, ...]) -> Figure:
     axes.set_ylabel("accuracy")
     axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False)
     return figure
+
+
+def _cells(row: Row) -> list[str | None]:
+    """A row of the table; a figure that was published and is not known here is said to be so in the last column."""
+    digits = 1 if row.figure.endswith(".tokens") else 3
+
+    def shown(value: float | None, sign: str = "") -> str | None:
+        return None if value is None else f"{value:{sign}.{digits}f}"
+
+    interval = None if row.low is None else f"{shown(row.low)} to {shown(row.high)}"
+    agrees = {True: "yes", False: "no", None: None}[row.agrees]
+    if row.stated and row.published is None:
+        agrees = _UNKNOWN
+    return [row.figure, shown(row.published), shown(row.ours), shown(row.difference, "+"), interval, agrees]
 
 
 def _arms(row: Row) -> list[list[float]] | None:

@@ -192,8 +192,8 @@ class Routing:
             result = self.steps.run(
                 f"evaluate-{part.name}",
                 facts,
-                lambda _, part=part: self._evaluate(part),
-                after=(_CALIBRATE,),  # type: ignore[misc]
+                lambda _, part=part: self._evaluate(part),  # type: ignore[misc]
+                after=(_CALIBRATE,),
             )
             found |= result["figures"]
             two = self.part.two_step
