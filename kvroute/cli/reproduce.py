@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -15,6 +14,7 @@ from kvroute.cli.common import (
     EngineName,
     Json,
     Quiet,
+    command_line,
     load_engine,
     print_json,
     show_progress,
@@ -71,7 +71,7 @@ def command(
         found, out, Engines(write, None if engine_name == "transformers" else read), Source(folder, data, limit),
         redo=redo, progress=show_progress(quiet), say=lambda text: typer.echo(text, err=True),
     )  # fmt: skip
-    written = result.save(out, "kvroute " + shlex.join(_said(recipe, data, limit, engine_name)))
+    written = result.save(out, command_line())
     if as_json:
         print_json(result.to_dict() | {"files": [str(p) for p in written], "done": list(result.done),
                                        "skipped": list(result.skipped)})  # fmt: skip
@@ -84,13 +84,3 @@ def command(
     console.print(result.table())
     sys.stdout.flush()
     typer.echo(f"Written: {', '.join(str(p) for p in written)}.", err=True)
-
-
-def _said(recipe: str, data: Path | None, limit: int | None, engine: str) -> list[str]:
-    """The command, without where things lie on this machine."""
-    words = ["reproduce", recipe, "--out", "FOLDER"]
-    words += ["--data", "FOLDER"] if data is not None else []
-    words += ["--limit", str(limit)] if limit is not None else []
-    return words + (
-        ["--engine", "vllm"] if engine == "vllm" else ["--engine", "URL"] if engine != "transformers" else []
-    )
