@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from kvroute._version import __version__
-from kvroute.cli import ask, calibrate, doctor, embed, evaluate, info, label, route, score, serve, train, ui
+from kvroute.cli import ask, calibrate, doctor, embed, evaluate, info, label, reproduce, route, score, serve, train, ui
 from kvroute.cli.common import close_engines, remember_command
 from kvroute.errors import KVRouteError
 
@@ -31,6 +31,7 @@ app.command("calibrate")(calibrate.command)
 app.add_typer(evaluate.app, name="evaluate")
 app.command("train")(train.command)
 app.command("ui")(ui.command)
+app.command("reproduce")(reproduce.command)
 app.command("serve", context_settings=serve.SETTINGS)(serve.command)
 
 

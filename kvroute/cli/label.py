@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 import time
 from pathlib import Path
@@ -21,6 +20,7 @@ from kvroute.cli.common import (
     Restart,
     load_engine,
     print_json,
+    show_progress,
     work_to_run,
 )
 from kvroute.errors import InvalidInputError
@@ -29,7 +29,7 @@ from kvroute.rows import PartialRun, parse_jsonl, read_text
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from kvroute.label_rows import LabelMeta, LabelRow, Part
+    from kvroute.label_rows import LabelRow, Part
     from kvroute.labelling import Labeller
     from kvroute.questions import Question
     from kvroute.thinking import ThinkingMode
@@ -80,7 +80,8 @@ def command(
     as_json: Json = False,
 ) -> None:
     """Answer questions in both modes, check the answers, and label how difficult each question is."""
-    from kvroute.label_rows import read_labels, write_meta
+    from kvroute.label_files import write_labels
+    from kvroute.label_rows import read_labels
     from kvroute.labelling import Labeller
     from kvroute.questions import read_questions
 
@@ -113,24 +114,15 @@ def command(
         shares=parts,
         prompt=prompt,
     )
-    meta = labeller.meta(questions)
-    identity = {
-        "command": "label",
-        "meta": meta.model_dump(mode="json"),
-        "dtype": labeller.engine.info.dtype,
-        "tolerance": tolerance,
-    }
     began = time.perf_counter()
     if retry:
-        resumed, todo = _retry(labeller, questions, out, meta, identity, chunk, restart, quiet)
+        resumed, todo = _retry(labeller, questions, out, tolerance, chunk, restart, quiet)
     else:
         todo = len(questions)
-        with PartialRun(out, identity, todo, chunk=chunk, restart=restart, force=force) as run:
-            resumed = work_to_run(
-                "Labelling", run, lambda start, stop: _lines(labeller.label(questions[start:stop])), quiet=quiet
-            )
-            write_meta(out, meta)  # first, so that labels never stand without their header
-            run.finish()
+        resumed = write_labels(
+            labeller, questions, out, chunk=chunk, identity={"tolerance": tolerance}, restart=restart, force=force,
+            progress=show_progress(quiet),
+        )  # fmt: skip
     _report(read_labels(out)[0], out, short, todo, resumed, time.perf_counter() - began, as_json)
 
 
@@ -138,15 +130,16 @@ def _retry(
     labeller: Labeller,
     questions: Sequence[Question],
     out: Path,
-    meta: LabelMeta,
-    identity: dict[str, Any],
+    tolerance: float | None,
     chunk: int,
     restart: bool,
     quiet: bool,
 ) -> tuple[int, int]:
     """Label failed rows once more, in their places; how many were there already, and how many there are."""
+    from kvroute.label_files import label_lines
     from kvroute.label_rows import read_labels
 
+    meta = labeller.meta(questions)
     rows, found = read_labels(out)
     changed = [
         name
@@ -161,27 +154,28 @@ def _retry(
     failed = [i for i, row in enumerate(rows) if row.label is None]
     if not failed:
         return 0, 0
-    identity = {**identity, "retry": [rows[i].id for i in failed]}
+    identity = {
+        "command": "label",
+        "meta": meta.model_dump(mode="json"),
+        "dtype": labeller.engine.info.dtype,
+        "tolerance": tolerance,
+        "retry": [rows[i].id for i in failed],
+    }
 
     def work(start: int, stop: int) -> bytes:
-        return _lines(labeller.label([questions[i] for i in failed[start:stop]]))
+        return label_lines(labeller.label([questions[i] for i in failed[start:stop]]))
 
     with PartialRun(out, identity, len(failed), chunk=chunk, restart=restart, force=True) as run:
         resumed = work_to_run("Labelling again", run, work, quiet=quiet)
 
         def join(chunks: Any) -> list[bytes]:
-            lines = [_lines([row]) for row in rows]
+            lines = [label_lines([row]) for row in rows]
             for place, line in zip(failed, b"".join(chunks).splitlines(keepends=True), strict=True):
                 lines[place] = line
             return lines
 
         run.finish(join)
     return resumed, len(failed)
-
-
-def _lines(rows: Sequence[LabelRow]) -> bytes:
-    # ASCII, so that no character within a text looks like the end of a line.
-    return "".join(json.dumps(r.model_dump(mode="json"), allow_nan=False) + "\n" for r in rows).encode()
 
 
 def _shares(text: str) -> dict[Part, float]:
