@@ -1,10 +1,11 @@
-"""What scores of an answer are worth: KV-CoE, hidden-state CoE, logits, P(True), length, combinations, trained confidences.
+"""What scores of an answer are worth: KV-CoE, hidden-state CoE, logits, P(True), length, combinations, trained
+confidences.
 
-Three models answer public questions, once and greedily: SmolLM2-135M on sets that it can do, Qwen2.5-Coder-0.5B, and the tiny
-thinker on its own questions. A set counts with at least 50 right and 50 wrong answers. All scores come from one pass over each
-answer. What is searched (chains: layers, part, heads, windows, steps; a trained confidence on pooled keys and values: layers,
-part, windows, heads, kind) is searched in nested folds: each answer is judged by what was chosen and fitted without its fold,
-like questions in one fold. Differences are paired.
+Three models answer public questions, once and greedily: SmolLM2-135M on sets that it can do, Qwen2.5-Coder-0.5B, and
+the tiny thinker on its own questions. A set counts with at least 50 right and 50 wrong answers. All scores come from
+one pass over each answer. What is searched (chains: layers, part, heads, windows, steps; a trained confidence on pooled
+keys and values: layers, part, windows, heads, kind) is searched in nested folds: each answer is judged by what was
+chosen and fitted without its fold, like questions in one fold. Differences are paired.
 
 Without --data, or with --quick, only the tiny thinker is measured.
 """
@@ -15,7 +16,7 @@ import argparse
 import sys
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -37,10 +38,12 @@ from kvroute.self_evaluation import CONFIDENCE
 
 MODELS = {
     "smollm2": ("arc_easy", "multiarith", "svamp"),
-    "qwen": ("svamp", "multiarith", "arc_easy", "commonsenseqa", "belebele"),
+    "qwen": ("svamp", "arc_easy", "multiarith", "commonsenseqa"),
     "thinker": ("run", "map"),
 }
 """The sets that each model is asked."""
+COUNTS = {"smollm2": 300, "qwen": 160, "thinker": 600}
+"""Questions a set."""
 OWN, OTHER, HIDDEN, CHAIN = "confidence, own set", "confidence, other sets", "hidden-state probe", "kv-coe searched"
 
 
@@ -69,12 +72,12 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--data", type=Path, default=Path("../shared/data"), help="folder with the questions")
     parser.add_argument("--models", default="thinker,smollm2,qwen", help="with commas between")
     parser.add_argument("--cache", type=Path, default=Path(".cache/score_quality"), help="answers, keys and values")
-    parser.add_argument("--count", type=int, default=300, help="questions a set")
+    parser.add_argument("--count", type=int, help="questions a set; by default by model")
     parser.add_argument("--bootstrap", type=int, default=2000, help="resamples of the intervals")
     parser.add_argument("--out", type=Path, help="a folder for an HTML report of each model")
     arguments = parser.parse_args()
     if arguments.quick:
-        arguments.models, arguments.count, arguments.bootstrap = "thinker", min(arguments.count, 160), 200
+        arguments.models, arguments.count, arguments.bootstrap = "thinker", 160, 200
     return arguments
 
 
@@ -102,12 +105,13 @@ def thinker_rows(engine: TransformersEngine, name: str, count: int) -> tuple[lis
 def gather(model: str, arguments: argparse.Namespace, cache: Path) -> tuple[TransformersEngine, LabelMeta, list[Data]]:
     """The answers of a model to its sets, and what was seen of them."""
     engine = load_engine(model, arguments)
+    count = arguments.count or COUNTS[model]
     found: list[Data] = []
     for name in MODELS[model]:
         if model == "thinker":
-            rows, meta = thinker_rows(engine, name, arguments.count)
+            rows, meta = thinker_rows(engine, name, count)
         else:
-            rows, meta = answered(engine, name, arguments.data, cache / model, count=arguments.count)
+            rows, meta = answered(engine, name, arguments.data, cache / model, count=count)
         # A chain needs three vectors: answers of fewer tokens have no KV-CoE, and are left out for all scores.
         answers = [a for a in label_answers(engine, rows, meta, "fast") if len(a.answer) > 3]
         right = sum(a.correct for a in answers)
@@ -132,15 +136,16 @@ def measure(model: str, arguments: argparse.Namespace, cache: Path) -> Measured:
         tuple(a.group for d in data for a in d.answers),
     )
     replay = Replay(engine.info, [d.recorded for d in data])
-    options = SearchOptions(rows=600, finalists=2, settings=2, kinds=("ridge", "logistic", "mlp"))
+    options = SearchOptions(rows=600, finalists=1, settings=2, kinds=("ridge", "logistic"))
     if arguments.quick:
         options = SearchOptions.quick(rows=200, kinds=("ridge",))
     heads = HeadSearch(replay, meta, items, options, arguments.seed)
     extra: dict[str, Floats] = {}
     extra[CONFIDENCE], chosen = heads.nested()
     notes = [f"Chosen for the trained confidence, by fold: {'; '.join(chosen)}."]
-    extra[OWN] = np.nansum([heads.nested(items.sets == n)[0] for n in range(len(data))], axis=0)
-    extra[OTHER] = heads.from_other_sets()
+    small = replace(heads, options=SearchOptions.quick(rows=400, kinds=("ridge",)))
+    extra[OWN] = np.nansum([small.nested(items.sets == n)[0] for n in range(len(data))], axis=0)
+    extra[OTHER] = small.from_other_sets()
     hidden = np.concatenate([d.recorded.hidden for d in data])
     extra[HIDDEN] = hidden_probe(hidden, items, range(0, hidden.shape[1], 2 if hidden.shape[1] > 8 else 1))
     made = chains(engine.info.layers[0].kv_heads)[:: 12 if arguments.quick else 1]
@@ -162,7 +167,7 @@ def measure(model: str, arguments: argparse.Namespace, cache: Path) -> Measured:
     about = {
         "model": engine.info.name,
         "dtype": engine.info.dtype,
-        "questions a set": arguments.count,
+        "questions a set": arguments.count or COUNTS[model],
         "searched": "in nested folds",
         "seed": arguments.seed,
     }
@@ -190,14 +195,17 @@ def sentence_ends(engine: TransformersEngine, answers: Sequence[LabelledAnswer])
 # ------------------------------------------------------------------ output
 
 
-def show(model: str, found: Measured) -> None:
+def show(found: Measured) -> None:
     """Tables in markdown."""
     report = found.report
     print(f"\n## {report.about['model']}\n\n{report.summary}\n")
     for heads, rows in (report.answers_rows(), report.mean_rows(), report.set_rows()):
         print(table(heads, rows), "\n")
     print(f"`{CONFIDENCE}` against what it has to beat, mean over sets:\n")
-    rows = [[c.b, shown(c.auroc, sign=True), "-" if c.p is None else f"{c.p:.1g}", *map(_by_set, c.by_set.values())] for c in found.pairs]
+    rows = [
+        [c.b, shown(c.auroc, sign=True), "-" if c.p is None else f"{c.p:.1g}", *map(_by_set, c.by_set.values())]
+        for c in found.pairs
+    ]
     print(table(["against", "AUROC gained", "p", *(s.name for s in report.sets)], rows), "\n")
     print("\n".join(f"- {note}" for note in found.notes), flush=True)
 
@@ -213,7 +221,9 @@ def figures(model: str, found: Measured) -> dict[str, Figure]:
     made: dict[str, Figure] = {}
 
     def add(name: str, estimate: Any, must: str | None = None) -> None:
-        value, low, high = (float(estimate.value if v is None else v) for v in (estimate.value, estimate.low, estimate.high))
+        value, low, high = (
+            float(estimate.value if v is None else v) for v in (estimate.value, estimate.low, estimate.high)
+        )
         made[f"{model}_{name}"] = Figure(value, low, high, must, judge(low, high, must), rows)
 
     for name in (CONFIDENCE, "confidence and logits", "all combined", CHAIN, HIDDEN, report.baselines[0]):
@@ -242,7 +252,7 @@ def main() -> None:
         measured = {model: measure(model, arguments, cache) for model in models}
     every: dict[str, Figure] = {}
     for model, found in measured.items():
-        show(model, found)
+        show(found)
         every |= figures(model, found)
         if arguments.out is not None:
             command = "python benchmarks/score_quality.py"

@@ -1,8 +1,8 @@
 """Every score of answers that are known to be right or wrong, read once and kept.
 
-What one pass over an answer gives (keys and values, logits, hidden states, a trained confidence) is read in one pass; P(True)
-asks a question of its own. With a folder everything is kept there in chunks, so a run that was killed goes on and a second
-one runs no model.
+What one pass over an answer gives (keys and values, logits, hidden states, a trained confidence) is read in one pass;
+P(True) asks a question of its own. With a folder everything is kept there in chunks, so a run that was killed goes on
+and a second one runs no model.
 """
 
 from __future__ import annotations
@@ -120,7 +120,7 @@ class _Reader:
             found = self._evaluate(chunk, _PASS)
         except UnsupportedModelError:  # hidden states or the LM head can't be had: the rest can
             found = self._evaluate(chunk, (*family("kv-coe"), *family("length")))
-        scores = [{n: row[n] if n in row else _MISSING for n in _PASS} for row, _ in found]
+        scores = [{n: row.get(n, _MISSING) for n in _PASS} for row, _ in found]
         return scores, [own for _, own in found]
 
     def confidence(self, chunk: Sequence[LabelledAnswer]) -> list[Row]:

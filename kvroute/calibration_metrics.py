@@ -40,7 +40,9 @@ class CalibrationMetrics(Frozen):
 def cross_validate(
     x: Floats, truth: Bools, method: str, groups: list[str] | None, folds: int, seed: int
 ) -> CalibrationMetrics:
-    """Metrics of maps that are fitted on all folds but one and judged on that one; arguments as for :func:`cross_fitted`.
+    """Metrics of maps that are fitted on all folds but one and judged on that one.
+
+    Arguments as for :func:`cross_fitted`.
 
     Raises:
         CalibrationError: too few groups.

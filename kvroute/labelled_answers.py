@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     from kvroute.engines.base import Engine
 
 _ROW = (
-    'A row is {"question": ..., "answer": ..., "correct": true}; in the question\'s place may stand "prompt", a text that '
-    'the answer continues, or "messages".'
+    'A row is {"question": ..., "answer": ..., "correct": true}; in the question\'s place may stand "prompt", a text '
+    'that the answer continues, or "messages".'
 )
 
 
@@ -104,7 +104,8 @@ def read_answer_sets(
     if not meta_path(path).is_file():
         if part in ("test", "calibration"):
             raise InvalidInputError(
-                f"{path} has no parts: no header of labels lies beside it.", hint="Judge all of it, with the part 'all'."
+                f"{path} has no parts: no header of labels lies beside it.",
+                hint="Judge all of it, with the part 'all'.",
             )
         answers = tuple(_plain_answers(path, engine)[:limit])
         if not answers:
@@ -120,7 +121,9 @@ def read_answer_sets(
             continue
         judged = np.array([part == "all" or a.part == ("test" if part == "auto" else part) for a in found], dtype=bool)
         # Of the other held-out part nothing is known here, and a promise may rest on it: it is left alone.
-        kept = np.array([j or a.part in ("train", "validation") for a, j in zip(found, judged, strict=True)], dtype=bool)
+        kept = np.array(
+            [j or a.part in ("train", "validation") for a, j in zip(found, judged, strict=True)], dtype=bool
+        )
         if not judged.any():
             raise InvalidInputError(f"{path} has no answer of the part {part!r}.", hint="Label more questions.")
         answers = tuple(a for a, k in zip(found, kept, strict=True) if k)
@@ -165,7 +168,7 @@ def _plain_answers(path: str | Path, engine: Engine) -> list[LabelledAnswer]:
         answer = text_field(row, "answer", path, number)
         if not answer:
             raise InvalidInputError(f"{where}: the answer is empty.")
-        reason = row.get("finish_reason") or "stop"
+        reason: Any = row.get("finish_reason") or "stop"
         if reason not in ("stop", "length", "cancelled"):
             raise InvalidInputError(f"{where}: finish_reason is stop, length or cancelled, not {reason!r}.")
         prompt, question = _asked(row, path, number, chat)

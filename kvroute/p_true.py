@@ -105,7 +105,7 @@ def p_true_scores(
         progress: whether to show bars; by default on a terminal.
 
     Returns:
-        the score of each, None with a reason where it can't be asked, and the tokens that went through the model for it.
+        the score of each, None with a reason where it can't be asked, and the tokens that went through the model.
     """
     questions: dict[int, TrueQuestion] = {}
     found: list[tuple[Score, int]] = [(Score(None, "not asked"), 0)] * len(asked)

@@ -1,8 +1,8 @@
 """What scores of answers are worth on answers that are known to be right or wrong: ``kvroute evaluate scores``.
 
 One pass reads the scores of every answer (:mod:`kvroute.answer_scores`), they are judged without a model
-(:mod:`kvroute.score_judging`), and shown (:mod:`kvroute.score_report`). The measures are those of arXiv 2410.13640 (section 4)
-and the risk-coverage curve of arXiv 1705.08500.
+(:mod:`kvroute.score_judging`), and shown (:mod:`kvroute.score_report`). The measures are those of arXiv 2410.13640
+(section 4) and the risk-coverage curve of arXiv 1705.08500.
 """
 
 from __future__ import annotations
@@ -66,12 +66,13 @@ def evaluate_scores(
             )
         )  # fmt: skip
     info = engine.info
+    spec = None if head is None else head.spec.model_dump(mode="json")
     about = {
         "model": info.name,
         "fingerprint": info.fingerprint,
         "dtype": info.dtype,
-        "head": None if head is None else {"kind": head.kind, "spec": head.spec.model_dump(mode="json"), "data": head.data_hash},
+        "head": None if head is None else {"kind": head.kind, "spec": spec, "data": head.data_hash},
         "folds": folds,
         "seed": seed,
-    }  # fmt: skip
+    }
     return ScoreReport(judged, about=about)

@@ -1,9 +1,9 @@
 """Scores judged on answers that are known to be right or wrong: figures, intervals, and who beats whom.
 
-Every score is judged on the same answers: those that have all of them. Where a file has open answers (parts ``train`` and
-``validation``), the maps from scores to a probability are fitted on those and judged on the others; where it has none, each
-answer's probability comes from a map that was fitted on the other folds, like questions in one fold. No map is judged on an
-answer that it was fitted to.
+Every score is judged on the same answers: those that have all of them. Where a file has open answers (parts ``train``
+and ``validation``), the maps from scores to a probability are fitted on those and judged on the others; where it has
+none, each answer's probability comes from a map that was fitted on the other folds, like questions in one fold. No map
+is judged on an answer that it was fitted to.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ ENOUGH = 50
 MOST_MISSING = 0.2
 """A score that more of a set's answers miss is left out of it, so that it does not cost the others their rows."""
 WITH_CONFIDENCE = "confidence and logits"
-BASELINES = tuple(s.name for s in SCORES.values() if s.family != "kv-coe") + ("logits combined",)
+BASELINES = (*(s.name for s in SCORES.values() if s.family != "kv-coe"), "logits combined")
 """What needs no keys and values: what the rest has to beat."""
 
 
@@ -129,7 +129,7 @@ def judge_set(
     right = int(truth[at].sum())
     if min(right, len(at) - right) < LEAST:
         raise InvalidInputError(
-            f"{name} has {right} right and {len(at) - right} wrong answers with scores, and {LEAST} of each are the least.",
+            f"{name} has {right} right and {len(at) - right} wrong answers with scores, and needs {LEAST} of each.",
             hint="Label more questions, or others.",
         )
     own = None if groups is None else [groups[int(i)] for i in at]

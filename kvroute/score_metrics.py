@@ -1,8 +1,8 @@
 """How well a score tells right answers from wrong ones, for the rows as they are and for any resample of them.
 
 All figures are of *ranks*: AUROC, AUPR and FPR95 as in arXiv 2410.13640 (section 4), and the area under the
-risk-coverage curve (AURC; Geifman and El-Yaniv, arXiv 1705.08500). Rows that share a value are never put in an order of their
-own: AUROC counts them half, AUPR and FPR95 take them together, AURC gives the mean over their orders.
+risk-coverage curve (AURC; Geifman and El-Yaniv, arXiv 1705.08500). Rows that share a value are never put in an order of
+their own: AUROC counts them half, AUPR and FPR95 take them together, AURC gives the mean over their orders.
 """
 
 from __future__ import annotations
@@ -90,8 +90,8 @@ def map_figures(probability: Floats, truth: Bools, weights: Floats | None = None
         weights: as in :func:`rank_figures`.
 
     Returns:
-        each ``[b]`` in [0, 1], lower is better. ``brier``: mean squared difference of probability and truth. ``ece``: mean
-        over 10 bins of equal width, weighted by their rows, of |mean probability - share right|.
+        each ``[b]`` in [0, 1], lower is better. ``brier``: mean squared difference of probability and truth.
+        ``ece``: mean over 10 bins of equal width, weighted by their rows, of |mean probability - share right|.
     """
     if not ((probability >= 0) & (probability <= 1)).all():
         raise InvalidInputError("Probabilities lie in [0, 1].")
@@ -178,8 +178,11 @@ class Drawn:
         )
 
     def estimates(self) -> dict[str, Estimate]:
-        """By figure, its value and interval."""
-        return {name: self.resamples.interval(value, self.draws[name]) for name, value in self.value.items()}
+        """By figure, its value and interval; ``ece`` has none, since it grows where rows are drawn twice."""
+        return {
+            name: Estimate(value, None, None) if name == "ece" else self.resamples.interval(value, self.draws[name])
+            for name, value in self.value.items()
+        }
 
     def minus(self, other: Drawn, name: str) -> Estimate:
         """The difference of a figure, paired: both were drawn from the same rows."""

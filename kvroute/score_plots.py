@@ -74,7 +74,9 @@ def plot_auroc(report: ScoreReport) -> Figure:
         if e.value is not None and e.low is not None and e.high is not None:
             arms = [[max(0.0, e.value - e.low)], [max(0.0, e.high - e.value)]]
         colour = COLOURS[0] if name in report.baselines else COLOURS[1]
-        axes.errorbar([e.value or 0.0], [y], xerr=arms, color=colour, marker="o", markersize=6, elinewidth=1.4, capsize=2)
+        axes.errorbar(
+            [e.value or 0.0], [y], xerr=arms, color=colour, marker="o", markersize=6, elinewidth=1.4, capsize=2
+        )
     axes.set_yticks(range(len(names)), names)
     axes.set_xlabel("AUROC (orange: reads keys and values; blue: does not)")
     if len(report.sets) > 1:

@@ -28,9 +28,10 @@ FIGURES = {"auroc": "AUROC", "aupr": "AUPR", "fpr95": "FPR95", "aurc": "AURC", "
 """As they are headed."""
 NOTE = (
     "AUROC: probability that a right answer scores above a wrong one, .5 is chance. AUPR: average precision for right "
-    "answers, chance is their share. FPR95: share of wrong answers that pass where 95 % of the right ones do. AURC: error "
-    "among the answers kept, averaged over how many are kept. Brier and ECE are of the probability that a score gives, by a "
-    "logistic map that was not fitted on the answer it is judged on. Of FPR95, AURC, Brier and ECE less is better."
+    "answers, chance is their share. FPR95: share of wrong answers that pass where 95 % of the right ones do. AURC: "
+    "error among the answers kept, averaged over how many are kept. Brier and ECE are of the probability that a score "
+    "gives, by a logistic map that was not fitted on the answer it is judged on. Of FPR95, AURC, Brier and ECE less is "
+    "better."
 )
 
 
@@ -108,8 +109,8 @@ class ScoreReport:
             c = self.against(ours[0], self.baselines[0])
             told.append(
                 f"The best that reads keys and values ({c.a}) minus the best that does not ({c.b}): "
-                f"{shown(c.auroc, sign=True)}{'' if c.p is None else f', p = {c.p:.2g}'}; both are named for being best "
-                "on these answers."
+                f"{shown(c.auroc, sign=True)}{'' if c.p is None else f', p = {c.p:.2g}'}; both were chosen as the "
+                "best on these answers."
             )
         worse = [n for n in self.names if (e := self.mean(n).estimates()["auroc"]).high is not None and e.high < 0.5]
         if worse:
@@ -204,8 +205,12 @@ class ScoreReport:
         from kvroute import score_plots as plots
         from kvroute.reports.page import ReportPage
 
-        page = ReportPage("What scores of answers are worth", summary=self.summary, command=command, settings=self.about)
-        page.add_plot("AUROC", plots.plot_auroc(self), note="Bars: 95 % of the mean over sets. Small marks: single sets.")
+        page = ReportPage(
+            "What scores of answers are worth", summary=self.summary, command=command, settings=self.about
+        )
+        page.add_plot(
+            "AUROC", plots.plot_auroc(self), note="Bars: 95 % of the mean over sets. Small marks: single sets."
+        )
         page.add_table("Figures, mean over sets", *self.mean_rows(), note=NOTE)
         page.add_table("AUROC by set", *self.set_rows())
         page.add_table(

@@ -116,6 +116,7 @@ def family(name: str) -> tuple[str, ...]:
     """Names of the scores of a family."""
     return tuple(s.name for s in SCORES.values() if s.family == name)
 
+
 COMBINATIONS: dict[str, tuple[str, ...]] = {
     "logits combined": family("logits"),
     "kv-coe combined": family("kv-coe"),

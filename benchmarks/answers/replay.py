@@ -1,4 +1,4 @@
-"""Keys and values of answers, kept while their scores are read, so that a search over layers, heads and windows runs no model.
+"""Keys and values of answers, kept while their scores are read, so that a search runs no model.
 
 A :class:`Recorder` stands in for an engine and writes down what passes by; a :class:`Replay` stands in for one in
 :mod:`kvroute.heads.search`, which thereby runs as it does for ``kvroute train``.
@@ -117,7 +117,9 @@ class Replay:
             lengths = [len(token_ids[i]) for i in batch]
             pieces = [(self.keys[token_ids[i][0]], self.values[token_ids[i][0]]) for i in batch]
             keys, values = (
-                torch.stack([_padded(p[side][:, :n], max(lengths)) for p, n in zip(pieces, lengths, strict=True)], dim=1)
+                torch.stack(
+                    [_padded(p[side][:, :n], max(lengths)) for p, n in zip(pieces, lengths, strict=True)], dim=1
+                )
                 for side in (0, 1)
             )
             yield batch, KVView.from_contiguous(keys.transpose(2, 3), values.transpose(2, 3), lengths)

@@ -1,12 +1,13 @@
 """Searches that see open answers alone, each judged on the answers of the fold that it did not see.
 
-Everything here is nested: for each of five folds (like questions in one fold) the whole search runs on the other four, what it
-chose judges the fifth. So every answer is judged, none by anything that was chosen, fitted or calibrated on it.
+Everything here is nested: for each of five folds (like questions in one fold) the whole search runs on the other four,
+what it chose judges the fifth. So every answer is judged, none by anything that was chosen, fitted or calibrated on it.
 """
 
 from __future__ import annotations
 
 import hashlib
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -79,8 +80,8 @@ class HeadSearch:
         """Of the answers ``out``, by a head that is chosen, fitted and calibrated on those in ``fit``; and its name."""
         engine: Any = self.replay
         trainer = _Trainer(engine, self.meta, self.options, self.seed, False)
-        head, report = trainer.train("correct", self.examples(np.flatnonzero(fit)), Examples((), ()))
-        judged = self.examples(np.flatnonzero(out))
+        head, report = trainer.train("correct", self.examples(np.flatnonzero(fit).tolist()), Examples((), ()))
+        judged = self.examples(np.flatnonzero(out).tolist())
         (vectors,) = pool_spans(engine, judged, [head.spec], progress=False)
         spec = head.spec.model_dump_json(exclude_defaults=True)
         return head.predict(vectors), f"{head.kind} {dict(report.chosen.setting)} on {spec}"
@@ -164,12 +165,12 @@ class Chain:
 
 
 _LAYERS: dict[str, Callable[[int], slice]] = {
-    "all": lambda n: slice(None),
+    "all": lambda n: slice(0, n),
     "first half of the": lambda n: slice(0, n // 2),
     "second half of the": lambda n: slice(n // 2, n),
     "middle third of the": lambda n: slice(n // 3, 2 * n // 3),
     "last four": lambda n: slice(n - 4, n),
-    "first four": lambda n: slice(0, 4),
+    "first four": lambda n: slice(0, min(4, n)),
 }
 _BLOCKS = {"token": 1, "block of 4": 4, "block of 8": 8}
 
@@ -218,7 +219,7 @@ def _steps(z: torch.Tensor, chain: Chain, ends: Sequence[int]) -> torch.Tensor:
     """Means over blocks of tokens, or over sentences."""
     if chain.step == "sentence":
         cuts = sorted({min(max(e, 0), len(z)) for e in ends} | {0, len(z)})
-        return torch.stack([z[a:b].mean(dim=0) for a, b in zip(cuts, cuts[1:], strict=False)]) if len(cuts) > 1 else z[:0]
+        return torch.stack([z[a:b].mean(dim=0) for a, b in itertools.pairwise(cuts)]) if len(cuts) > 1 else z[:0]
     size = _BLOCKS[chain.step]
     whole = len(z) // size * size
     return z[:whole].reshape(-1, size, z.shape[1]).mean(dim=1)
@@ -227,8 +228,8 @@ def _steps(z: torch.Tensor, chain: Chain, ends: Sequence[int]) -> torch.Tensor:
 def best_chain(values: Floats, items: Items, names: Sequence[str]) -> tuple[Floats, list[str]]:
     """Each answer's value by the chain, score and direction that the other folds like best; and what they chose.
 
-    A value is the share of the set's open answers that lie below it, so that chains of different folds can be compared. An
-    answer that is too short for the chain has one half.
+    A value is the share of the set's open answers that lie below it, so that chains of different folds can be
+    compared. An answer that is too short for the chain has one half.
     """
     found, chosen = np.full(len(items), 0.5), []
     for fold in range(FOLDS):

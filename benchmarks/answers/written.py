@@ -54,7 +54,7 @@ SETS: dict[str, Asked] = {
 def answered(
     engine: TransformersEngine, name: str, data: Path, folder: Path, *, count: int
 ) -> tuple[list[LabelRow], LabelMeta]:
-    """The first ``count`` questions of a set with the model's greedy answers, from ``folder`` where they lie already."""
+    """The first ``count`` questions of a set with the model's greedy answers; taken from ``folder`` where they are."""
     asked = SETS[name]
     text = (data / "qa" / f"{asked.file}.jsonl").read_text(encoding="utf-8")
     questions = read_questions(parse_jsonl(text, asked.file)[:count], asked.file)

@@ -6,7 +6,7 @@ import json
 import os
 import shlex
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast
 
@@ -162,8 +162,6 @@ def print_json(value: Any) -> None:
 def names_in(text: str | None) -> list[str] | None:
     """Names with commas between, or None for the default."""
     return None if text is None else [name.strip() for name in text.split(",") if name.strip()]
-
-
 
 
 def work_to_stdout(label: str, rows: int, size: int, work: Callable[[int, int], bytes], *, quiet: bool) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -18,6 +17,7 @@ from kvroute.cli.common import (
     Json,
     Model,
     Quiet,
+    command_line,
     load_engine,
     print_json,
     require_caches,
@@ -75,7 +75,7 @@ def command(
         engine, sets, head=loaded, folder=out / "features", folds=folds, seed=seed, resamples=bootstrap,
         progress=show_progress(quiet),
     )  # fmt: skip
-    written = report.save(out, command=_command_line())
+    written = report.save(out, command=command_line())
     if as_json:
         print_json(_without_curves(report.to_dict()) | {"files": [str(p) for p in written]})
         return
@@ -88,13 +88,6 @@ def command(
         console.print(table)
     console.print(report.summary, soft_wrap=True, markup=False, highlight=False)
     console.print(f"Written: {', '.join(str(p) for p in written)}.", soft_wrap=True, markup=False)
-
-
-def _command_line() -> str:
-    """As it was typed, without the path of the program."""
-    import shlex
-
-    return shlex.join(["kvroute", *sys.argv[1:]])
 
 
 def _without_curves(report: dict[str, Any]) -> dict[str, Any]:

@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from kvroute.engines.transformers_engine import TransformersEngine
 
 
-
 def confidence_baselines(
     engine: TransformersEngine,
     answers: Examples,

@@ -29,8 +29,8 @@ def test_the_shipped_confidence_beats_the_logits(tmp_path: Path) -> None:
     kvroute("label", questions, "-m", model, "--max-fast", 48, "--max-slow", 48, "-o", labels, "-q")
     found = json.loads(
         kvroute(
-            "evaluate", "scores", labels, "-m", model, "--head", FOLDER / "confidence", "--part", "all", "--mode", "fast",
-            "-o", out, "--json", "-q",
+            "evaluate", "scores", labels, "-m", model, "--head", FOLDER / "confidence", "--part", "all",
+            "--mode", "fast", "-o", out, "--json", "-q",
         )
     )  # fmt: skip
     assert found["sets"]["labels"]["answers"] == 64

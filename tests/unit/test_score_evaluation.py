@@ -115,7 +115,13 @@ def test_one_pass_reads_everything_and_a_second_run_reads_nothing(
     assert read_scores(again, answers, head=head, folder=tmp_path, progress=False) == found
     assert again.wants == []
     # Another head: its vectors alone are read. No head: nothing.
-    other = DifficultyHead(**{**vars(head), "data_hash": "x", "map": fit_map(np.array([[0.0], [1.0]]), np.array([True, False]), "logistic")})
+    other = DifficultyHead(
+        **{
+            **vars(head),
+            "data_hash": "x",
+            "map": fit_map(np.array([[0.0], [1.0]]), np.array([True, False]), "logistic"),
+        }
+    )
     judged = read_scores(again, answers, head=other, folder=tmp_path, progress=False)
     assert again.wants == [["kv"]]
     assert judged[0]["confidence"] != found[0]["confidence"]
@@ -143,7 +149,9 @@ def test_a_run_that_was_killed_goes_on(
     assert found == read_scores(engine, answers, progress=False)
 
 
-def test_an_answer_that_is_too_short_says_so_and_an_empty_one_is_refused(engine: TransformersEngine, tmp_path: Path) -> None:
+def test_an_answer_that_is_too_short_says_so_and_an_empty_one_is_refused(
+    engine: TransformersEngine, tmp_path: Path
+) -> None:
     short = LabelledAnswer(TokenIds((70, 71)), (72,), "x", "what?", True, "g")
     for _ in range(2):  # computed, then kept
         (row,) = read_scores(engine, [short], folder=tmp_path, progress=False)
@@ -194,7 +202,11 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for i in range(60):
         right = bool(rng.integers(2))
         words = " ".join(rng.choice(["the", "quick", "fox", "dog"], 6)) + (" cat" if right else " jumps")
-        asked: dict[str, Any] = [{"question": f"what {i}?"}, {"prompt": f"what {i}?"}, {"messages": [{"role": "user", "content": f"what {i}?"}]}][i % 3]
+        asked: dict[str, Any] = [
+            {"question": f"what {i}?"},
+            {"prompt": f"what {i}?"},
+            {"messages": [{"role": "user", "content": f"what {i}?"}]},
+        ][i % 3]
         rows.append({**asked, "answer": words, "correct": right, "id": i})
     path.write_text("".join(json.dumps(r) + "\n" for r in rows))
     return path
@@ -203,7 +215,21 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_command_writes_json_and_a_page(run: Run, model: str, plain: Path, labels: Path, tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     out = tmp_path / "report"
-    options = ("evaluate", "scores", plain, labels, "-m", model, "-o", out, "--bootstrap", 100, "--dtype", "float32", "-q")
+    options = (
+        "evaluate",
+        "scores",
+        plain,
+        labels,
+        "-m",
+        model,
+        "-o",
+        out,
+        "--bootstrap",
+        100,
+        "--dtype",
+        "float32",
+        "-q",
+    )
     code, text, err = run(*options, "--json")
     assert code == 0, err
     said = json.loads(text)

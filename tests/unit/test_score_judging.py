@@ -1,4 +1,4 @@
-"""Judging of scores: the same answers for all, maps that never saw them, and tests that are right where nothing is to find."""
+"""Judging of scores: the same answers for all, maps that never saw them, tests that find nothing in nothing."""
 
 from __future__ import annotations
 
@@ -148,7 +148,7 @@ def test_a_report_orders_and_says_what_it_found() -> None:
     assert report.names[0] in report.summary
     for heads, rows in (report.mean_rows(), report.set_rows(), report.compared_rows(), report.answers_rows()):
         assert all(len(row) == len(heads) for row in rows)
-    assert [t.title for t in report.tables()][0] == "Answers"
+    assert next(t.title for t in report.tables()) == "Answers"
     with pytest.raises(InvalidInputError, match="different names"):
         ScoreReport([sets[0], sets[0]])
 
