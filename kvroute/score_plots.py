@@ -46,10 +46,11 @@ def _grid(count: int, width: float, height: float) -> tuple[Figure, list[Axes]]:
 
 
 def leading(report: ScoreReport, count: int = _CURVES) -> list[str]:
-    """The scores that plots with room for few show: the trained confidence, the best of each family, then the rest."""
+    """The scores that plots with room for few show: the trained confidence, the best KV-CoE, the best of other kinds."""
     from kvroute.scores import SCORES
 
-    chosen = [n for n in (CONFIDENCE, WITH_CONFIDENCE, "all combined") if n in report.names]
+    raw = [n for n in report.names if n in SCORES and SCORES[n].family == "kv-coe"]
+    chosen = [n for n in (CONFIDENCE, WITH_CONFIDENCE, *raw[:1]) if n in report.names]
     for name in report.names:
         kind = SCORES[name].family if name in SCORES else name
         if kind not in {SCORES[c].family if c in SCORES else c for c in chosen}:
