@@ -46,7 +46,7 @@ def _grid(count: int, width: float, height: float) -> tuple[Figure, list[Axes]]:
 
 
 def leading(report: ScoreReport, count: int = _CURVES) -> list[str]:
-    """The scores that plots with room for few show: the trained confidence, the best KV-CoE, the best of other kinds."""
+    """What plots with room for few show: the trained confidence, the best KV-CoE, the best of other kinds."""
     from kvroute.scores import SCORES
 
     raw = [n for n in report.names if n in SCORES and SCORES[n].family == "kv-coe"]
