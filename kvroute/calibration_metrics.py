@@ -42,6 +42,27 @@ def cross_validate(
 ) -> CalibrationMetrics:
     """Metrics of maps that are fitted on all folds but one and judged on that one.
 
+    Arguments as for :func:`cross_fitted`.
+
+    Raises:
+        CalibrationError: too few groups.
+    """
+    confidence = cross_fitted(x, truth, method, groups, folds, seed)
+    return CalibrationMetrics(
+        auroc=auroc(confidence, truth),
+        brier=float(np.mean((confidence - truth) ** 2)),
+        ece=expected_calibration_error(confidence, truth),
+        n=len(x),
+        right=float(truth.mean()),
+        folds=folds,
+        seed=seed,
+        grouped=groups is not None,
+    )
+
+
+def cross_fitted(x: Floats, truth: Bools, method: str, groups: list[str] | None, folds: int, seed: int) -> Floats:
+    """Confidences ``[n]``, each by a map that is fitted on all folds but its own.
+
     Args:
         x: ``[n, size]`` scores.
         truth: ``[n]`` whether the answer is right.
@@ -71,16 +92,7 @@ def cross_validate(
                 hint="Add labelled answers to more questions.",
             )
         confidence[test] = fit_map(x[train], truth[train], method)(x[test])
-    return CalibrationMetrics(
-        auroc=auroc(confidence, truth),
-        brier=float(np.mean((confidence - truth) ** 2)),
-        ece=expected_calibration_error(confidence, truth),
-        n=len(x),
-        right=float(truth.mean()),
-        folds=folds,
-        seed=seed,
-        grouped=groups is not None,
-    )
+    return confidence
 
 
 def equal_bins(confidence: Floats, bins: int = _BINS) -> np.ndarray[tuple[int], np.dtype[np.int64]]:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from kvroute.errors import ChatTemplateError
 from kvroute.generation import Message, Prompt, TokenIds
+from kvroute.progress import progress_bar
 from kvroute.scores import Score
 
 if TYPE_CHECKING:
@@ -91,3 +92,39 @@ def probability_of_first(first: float, second: float) -> Score:
     if difference >= 0:
         return Score(1 / (1 + math.exp(-difference)))
     return Score(math.exp(difference) / (1 + math.exp(difference)))
+
+
+def p_true_scores(
+    engine: Engine, asked: Sequence[tuple[Prompt, str]], *, progress: bool | None = None
+) -> list[tuple[Score, int]]:
+    """P(True) of answers.
+
+    Args:
+        engine: the model.
+        asked: the prompt, or the question alone, and the text of each answer.
+        progress: whether to show bars; by default on a terminal.
+
+    Returns:
+        the score of each, None with a reason where it can't be asked, and the tokens that went through the model.
+    """
+    questions: dict[int, TrueQuestion] = {}
+    found: list[tuple[Score, int]] = [(Score(None, "not asked"), 0)] * len(asked)
+    context = engine.info.context
+    with progress_bar("Writing questions", len(asked), show=progress) as advance:
+        for index, (prompt, answer) in enumerate(asked):
+            question = true_question(engine, prompt, answer)
+            if isinstance(question, str):
+                found[index] = Score(None, question), 0
+            elif len(question.token_ids) > context:
+                reason = f"the question has {len(question.token_ids)} tokens, and the context holds {context}"
+                found[index] = Score(None, reason), 0
+            else:
+                questions[index] = question
+            advance(1)
+    if questions:
+        logprobs = engine.choice_logprobs(
+            [q.token_ids for q in questions.values()], [q.choices for q in questions.values()], progress=progress
+        )
+        for (index, question), (true, false) in zip(questions.items(), logprobs.tolist(), strict=True):
+            found[index] = probability_of_first(true, false), len(question.token_ids)
+    return found

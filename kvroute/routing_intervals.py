@@ -7,7 +7,7 @@ so all resamples are done by one product of matrices.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 
 import numpy as np
@@ -66,15 +66,17 @@ class Resamples:
             drawn += np.arange(len(drawn))[:, None] * n
             self._times[at : at + step] = np.bincount(drawn.ravel(), minlength=drawn.size).reshape(drawn.shape)
 
+    def times(self) -> Iterator[Floats]:
+        """How often each row was drawn, some resamples at a time: ``[b, n]``."""
+        step = max(1, _CELLS // self.n)
+        for at in range(0, self.count, step):
+            yield self._times[at : at + step].astype(np.float64)
+
     def means(self, values: Floats) -> Floats:
         """Means of ``[n]`` or ``[k, n]`` over each resample's rows: ``[count]`` or ``[count, k]``."""
         if values.shape[-1] != self.n:
             raise InvalidInputError(f"The resamples are of {self.n} rows, and {values.shape[-1]} were given.")
-        found = np.empty((self.count, *values.shape[:-1]))
-        step = max(1, _CELLS // self.n)
-        for at in range(0, self.count, step):
-            found[at : at + step] = self._times[at : at + step].astype(np.float64) @ values.T / self.n
-        return found
+        return np.concatenate([times @ values.T / self.n for times in self.times()])
 
     def estimate(self, of: Callable[[Means], Floats]) -> Estimate:
         """A figure that is made of means over rows.

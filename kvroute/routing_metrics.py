@@ -171,16 +171,31 @@ def auroc_interval(values: Floats, truth: Bools, *, level: float = 0.95) -> Esti
 
 def auroc_difference(a: Floats, b: Floats, truth: Bools, *, level: float = 0.95) -> Estimate:
     """AUROC of ``a`` minus that of ``b`` on the same rows, with DeLong's paired interval."""
-    found = _components(np.stack([a, b]), truth)
-    if found is None:
+    value, variance = delong(a, b, truth)
+    if not np.isfinite(value):
         return Estimate(None, None, None)
-    areas, covariance = found
-    value = float(areas[0] - areas[1])
-    variance = float(covariance[0, 0] + covariance[1, 1] - 2 * covariance[0, 1])
     if not np.isfinite(variance):
         return Estimate(value, None, None)
-    half = _normal_quantile(level) * np.sqrt(max(variance, 0.0))
+    half = _normal_quantile(level) * np.sqrt(variance)
     return Estimate(value, float(value - half), float(value + half))
+
+
+def delong(a: Floats, b: Floats, truth: Bools) -> tuple[float, float]:
+    """AUROC of ``a`` minus that of ``b`` on the same rows, and the variance of that difference (DeLong et al., 1988).
+
+    Args:
+        a, b: ``[n]``, higher means more likely true.
+        truth: ``[n]`` bool.
+
+    Returns:
+        both NaN where all rows are alike; the variance is NaN with fewer than two rows of a kind.
+    """
+    found = _components(np.stack([a, b]), truth)
+    if found is None:
+        return np.nan, np.nan
+    areas, covariance = found
+    variance = float(covariance[0, 0] + covariance[1, 1] - 2 * covariance[0, 1])
+    return float(areas[0] - areas[1]), max(variance, 0.0) if np.isfinite(variance) else variance
 
 
 def _components(values: Floats, truth: Bools) -> tuple[Floats, Floats] | None:

@@ -92,6 +92,20 @@ def text_field(row: Mapping[str, Any], field: str, source: object, number: int) 
     return value
 
 
+def messages_in(row: Mapping[str, Any], source: object, number: int) -> list[dict[str, Any]] | None:
+    """A row's chat, or None where it has none.
+
+    Raises:
+        InvalidInputError: it is no list of objects, naming the line.
+    """
+    if "messages" not in row:
+        return None
+    messages = row["messages"]
+    if not isinstance(messages, list) or not messages or not all(isinstance(m, dict) for m in messages):
+        raise InvalidInputError(f"{source}, line {number}: messages is not a list of objects.")
+    return messages
+
+
 def _no_constant(name: str) -> None:
     raise ValueError(f"{name} is no JSON value")
 

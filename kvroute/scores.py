@@ -117,6 +117,14 @@ def family(name: str) -> tuple[str, ...]:
     return tuple(s.name for s in SCORES.values() if s.family == name)
 
 
+COMBINATIONS: dict[str, tuple[str, ...]] = {
+    "logits combined": family("logits"),
+    "kv-coe combined": family("kv-coe"),
+    "all combined": tuple(SCORES),
+}
+"""Scores that a logistic map puts together, wherever scores are judged."""
+
+
 def logit_scores(means: Sequence[float]) -> dict[str, Score]:
     """The scores of the family ``logits``.
 

@@ -17,8 +17,7 @@ from kvroute.evaluation import Evaluation
 from kvroute.features import AnswerPooling, FeatureRequest
 from kvroute.generation import CancelToken, FinishReason, Generation, Prompt, Usage, as_prompts
 from kvroute.heads.confidence import pooled_confidences, vector_confidence
-from kvroute.p_true import TrueQuestion, probability_of_first, true_question
-from kvroute.progress import progress_bar
+from kvroute.p_true import p_true_scores
 from kvroute.reading_scores import reading_scores
 from kvroute.scores import SCORES, Score, family
 from kvroute.served_scores import served_scores
@@ -345,27 +344,8 @@ class SelfEvaluator:
         self, rows: Sequence[tuple[Prompt, Answer]], work: Sequence[_Row], progress: bool | None
     ) -> list[tuple[Score, int]]:
         """The score of each row, and the tokens that went through the model for it."""
-        questions: dict[int, TrueQuestion] = {}
-        found: list[tuple[Score, int]] = [(Score(None, "not asked"), 0)] * len(rows)
-        context = self.engine.info.context
-        with progress_bar("Writing questions", len(rows), show=progress) as advance:
-            for index, ((prompt, answer), row) in enumerate(zip(rows, work, strict=True)):
-                asked = true_question(self.engine, prompt, self._text(answer, row))
-                if isinstance(asked, str):
-                    found[index] = Score(None, asked), 0
-                elif len(asked.token_ids) > context:
-                    reason = f"the question has {len(asked.token_ids)} tokens, and the context holds {context}"
-                    found[index] = Score(None, reason), 0
-                else:
-                    questions[index] = asked
-                advance(1)
-        if questions:
-            logprobs = self.engine.choice_logprobs(
-                [q.token_ids for q in questions.values()], [q.choices for q in questions.values()], progress=progress
-            )
-            for (index, asked), (true, false) in zip(questions.items(), logprobs.tolist(), strict=True):
-                found[index] = probability_of_first(true, false), len(asked.token_ids)
-        return found
+        asked = [(prompt, self._text(answer, row)) for (prompt, answer), row in zip(rows, work, strict=True)]
+        return p_true_scores(self.engine, asked, progress=progress)
 
     def _text(self, answer: Answer, row: _Row) -> str:
         if isinstance(answer, str):

@@ -6,7 +6,7 @@ import json
 import os
 import shlex
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast
 
@@ -14,6 +14,7 @@ import typer
 
 from kvroute.engines.handle import KEY_VARIABLE
 from kvroute.errors import InvalidInputError, ModelMismatchError
+from kvroute.rows import messages_in as messages_in
 
 if TYPE_CHECKING:
     from kvroute import ConfidenceCalibrator, ModelInfo, PoolingSpec, TransformersEngine, VLLMClient, VLLMEngine
@@ -161,20 +162,6 @@ def print_json(value: Any) -> None:
 def names_in(text: str | None) -> list[str] | None:
     """Names with commas between, or None for the default."""
     return None if text is None else [name.strip() for name in text.split(",") if name.strip()]
-
-
-def messages_in(row: Mapping[str, Any], file: object, number: int) -> list[dict[str, Any]] | None:
-    """A row's chat, or None where it has none.
-
-    Raises:
-        InvalidInputError: it is no list of objects, naming the line.
-    """
-    if "messages" not in row:
-        return None
-    messages = row["messages"]
-    if not isinstance(messages, list) or not messages or not all(isinstance(m, dict) for m in messages):
-        raise InvalidInputError(f"{file}, line {number}: messages is not a list of objects.")
-    return messages
 
 
 def work_to_stdout(label: str, rows: int, size: int, work: Callable[[int, int], bytes], *, quiet: bool) -> None:

@@ -7,18 +7,17 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from kvroute.answer_scores import read_scores, score_table
 from kvroute.calibration_metrics import expected_calibration_error
 from kvroute.confidence_maps import Bools, Floats, auroc, fit_map
+from kvroute.generation import TokenIds
 from kvroute.heads.examples import Examples
 from kvroute.label_rows import LabelMeta, LabelRow
-from kvroute.p_true import probability_of_first, true_question
-from kvroute.reading_scores import reading_scores
-from kvroute.scores import SCORES, Score, family
+from kvroute.labelled_answers import LabelledAnswer
+from kvroute.scores import COMBINATIONS, SCORES
 
 if TYPE_CHECKING:
     from kvroute.engines.transformers_engine import TransformersEngine
-
-_TOGETHER = {"logits combined": family("logits"), "kv-coe combined": family("kv-coe"), "all combined": tuple(SCORES)}
 
 
 def confidence_baselines(
@@ -46,9 +45,9 @@ def confidence_baselines(
     truth = answers.y >= 0.5
     if not test.any() or len(set(truth[test])) < 2 or len(set(truth[~test])) < 2:
         return {}
-    scores = _scores(engine, answers, rows, meta, progress)
-    table = {n: np.array([_value(s.get(n)) for s in scores]) for n in SCORES}
-    names = {n: (n,) for n in SCORES} | _TOGETHER
+    scores = read_scores(engine, _labelled(engine, answers, rows, meta), progress=progress)
+    table = score_table(scores)
+    names = {n: (n,) for n in SCORES} | COMBINATIONS
     found = {}
     for name, parts in names.items():
         x = np.stack([table[p] for p in parts if not np.isnan(table[p]).all()] or [np.full(len(test), np.nan)], axis=1)
@@ -72,30 +71,14 @@ def _judge(x: Floats, truth: Bools, test: Bools) -> dict[str, float] | None:
     }
 
 
-def _scores(
-    engine: TransformersEngine, answers: Examples, rows: Mapping[str, LabelRow], meta: LabelMeta, progress: bool | None
-) -> list[dict[str, Score]]:
-    ids = [answers.texts[e.text] for e in answers.items]
-    start = [e.start for e in answers.items]
-    found: list[dict[str, Score]] = [{"length": Score(float(len(i) - s))} for i, s in zip(ids, start, strict=True)]
-    for batch, reading in engine.read(ids, start, want=("kv", "logits", "hidden"), progress=progress):
-        for place, scored in zip(batch, reading_scores(reading, [(start[i], len(ids[i])) for i in batch]), strict=True):
-            found[place] |= scored
-    asked = {}
-    for place, item in enumerate(answers.items):
-        text = engine.tokenizer.decode(list(ids[place][item.start :]), skip_special_tokens=True)
-        prompt = meta.prompt.replace("{question}", rows[item.id].question)
-        question = true_question(engine, prompt, text)
-        if not isinstance(question, str) and len(question.token_ids) <= engine.info.context:
-            asked[place] = question
-    if asked:
-        logprobs = engine.choice_logprobs(
-            [q.token_ids for q in asked.values()], [q.choices for q in asked.values()], progress=progress
-        )
-        for place, (true, false) in zip(asked, logprobs.tolist(), strict=True):
-            found[place]["p_true"] = probability_of_first(true, false)
+def _labelled(
+    engine: TransformersEngine, answers: Examples, rows: Mapping[str, LabelRow], meta: LabelMeta
+) -> list[LabelledAnswer]:
+    found = []
+    for item in answers.items:
+        ids = answers.texts[item.text]
+        text = str(engine.tokenizer.decode(list(ids[item.start :]), skip_special_tokens=True))
+        asked = meta.prompt.replace("{question}", rows[item.id].question)
+        prompt = TokenIds(tuple(ids[: item.start]))
+        found.append(LabelledAnswer(prompt, tuple(ids[item.start :]), text, asked, item.right >= 0.5, item.group))
     return found
-
-
-def _value(score: Score | None) -> float:
-    return float("nan") if score is None or score.value is None else score.value
