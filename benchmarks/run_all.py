@@ -114,6 +114,9 @@ def run_script(script: Path, options: Sequence[str], timeout: float) -> tuple[Re
         raise
     finally:
         clock.cancel()
+        if process.stdout is not None:
+            process.stdout.close()
+        process.wait()
     if late.is_set():
         return None, f"took more than {timeout:g} s"
     if code:

@@ -42,7 +42,8 @@ def choose(device: torch.device, dtype: torch.dtype, backend: Backend | None = N
         device: where the tensors lie.
         dtype: of the cache.
         backend: ``torch``, ``native``, ``triton`` or ``interpret``; ``auto`` is Triton on a GPU, and elsewhere native
-            code where an op has it and it can be built, else torch. By default what ``KVROUTE_KERNELS`` says, else ``auto``.
+            code where an op has it and it can be built, else torch. By default what ``KVROUTE_KERNELS``
+            says, else ``auto``.
 
     Returns:
         ``torch``, ``native``, ``triton`` or ``interpret``; ``torch`` stands for "native if there is any" where ``auto``
