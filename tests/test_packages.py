@@ -24,6 +24,7 @@ CODE = {
     "kvroute_kernels": ROOT / "kernels" / "kvroute_kernels",
     "langchain_kvroute": ROOT / "integrations" / "langchain_kvroute",
     "llama_index": ROOT / "integrations" / "llama_index",
+    "kvroute/_recipes": ROOT / "recipes",
 }
 NAMES = "kvroute", "kvroute_kernels", "langchain_kvroute", "llama_index.embeddings.kvroute"
 
