@@ -25,10 +25,11 @@ from kvroute.heads.models import RidgeModel
 from kvroute.info import LayerInfo, ModelInfo
 from kvroute.serving.asks import Ask
 from kvroute.serving.config import ServingConfig
+from kvroute.serving.feeding import feature_key
 from kvroute.serving.forcing import Board
 from kvroute.serving.messages import Look, StepMeta, StepRequest, StepResults
 from kvroute.serving.pages import LayerPages
-from kvroute.serving.worker import WorkerSide, feature_key
+from kvroute.serving.worker import WorkerSide
 
 BLOCK = 16
 FEATURES = ("prompt:best", "answer:paper-mteb", "kv-coe")
@@ -88,7 +89,7 @@ def look_bytes(spec: PoolingSpec, sizes: Sizes) -> int:
 
 def sum_bytes(spec: PoolingSpec, sizes: Sizes) -> int:
     """Of a pooled feature: the sums of a rank's heads in float32, the weight in float64."""
-    return 4 * _numbers(spec, sizes) + 8
+    return 4 * _kept_numbers(spec, sizes) + 8
 
 
 def chain_bytes(sizes: Sizes, tokens: int) -> int:
@@ -97,14 +98,21 @@ def chain_bytes(sizes: Sizes, tokens: int) -> int:
 
 
 def kept_bytes(sizes: Sizes) -> int:
-    """Of a request on the rank: an answer's sums in float64, two tokens of the chains in float32, a sum by layer."""
+    """Of a request on the rank: an answer's sums in float64, two tokens of the chains in float32 with a count and three
+    sums, and a sum by layer."""
     answers = [spec for of, spec in plan_features(list(FEATURES)).pooled.values() if of == "answer"]
     token = 2 * sizes.local * sizes.size
-    return sum(8 * _numbers(spec, sizes) + 8 for spec in answers) + 2 * 4 * token + 8 * sizes.layers * token
+    return sum(8 * _kept_numbers(spec, sizes) + 8 for spec in answers) + 2 * 4 * token + 25 + 8 * sizes.layers * token
 
 
 def _numbers(spec: PoolingSpec, sizes: Sizes) -> int:
     return len(spec.read_layers(sizes.layers)) * sizes.local * sizes.size * len(spec.part)
+
+
+def _kept_numbers(spec: PoolingSpec, sizes: Sizes) -> int:
+    """Layers and heads that a spec makes one are one before they are kept and sent."""
+    layers = len(spec.read_layers(sizes.layers)) if spec.layer_reduce == "concat" else 1
+    return layers * (1 if spec.heads == "mean" else sizes.local) * sizes.size * len(spec.part)
 
 
 def measure(sizes: Sizes) -> Measured:

@@ -252,9 +252,9 @@ def _folders(found: Diagnosis) -> None:
 
     wanted = {"converted models": cache_folder()}
     if any(k.backend in ("native", "torch") for k in found.kernels):
-        from kvroute_kernels import paged_pool_native
+        from kvroute_kernels import native_library
 
-        wanted["compiled kernels"] = paged_pool_native.folder()
+        wanted["compiled kernels"] = native_library.folder()
     for what, path in wanted.items():
         writable, free = _writable(path)
         found.folders.append(Folder(what, str(path), writable, free))

@@ -87,7 +87,8 @@ def test_wheel_holds_the_packages_and_nothing_else(built: tuple[Path, Path, Path
     assert inside == expected()
     # What is not Python, by name: types for users, and the source that is compiled where it is used.
     assert {f"{n}/py.typed" for n in PACKAGES[:3]} | {"llama_index/embeddings/kvroute/py.typed"} <= inside
-    assert "kvroute_kernels/paged_pool_native.cpp" in inside
+    compiled = ("paged_pool_native.cpp", "chain_step_native.cpp", "native_numbers.h")
+    assert {f"kvroute_kernels/{name}" for name in compiled} <= inside
     assert {"kvroute/ui/static/index.html", "kvroute/ui/static/main.js", "kvroute/ui/static/style.css"} <= inside
     # llama_index and llama_index.embeddings belong to many distributions.
     assert not {"llama_index/__init__.py", "llama_index/embeddings/__init__.py"} & inside

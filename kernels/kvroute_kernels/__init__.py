@@ -2,7 +2,8 @@
 
 Knows torch alone; Triton is used where there is a GPU and triton is installed (:func:`choose`). :class:`KVView` is the
 picture of a cache, :func:`paged_pool` reduces it over tokens, :func:`paged_chain_step` feeds the chains, and
-:func:`difficulty_head` decides on pooled vectors. Each op is a torch reference beside a Triton twin of the same stem.
+:func:`difficulty_head` decides on pooled vectors. Each op is a torch reference beside a Triton twin of the same stem;
+pooling and chains have a third one in C++ for a CPU, which is compiled where there is a compiler.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from kvroute_kernels.chain_step import (
     ChainTensors,
     angle_between,
     chain_step,
+    feed_layers,
     paged_chain_step,
     token_vectors,
 )
@@ -42,6 +44,7 @@ __all__ = [
     "choose",
     "difficulty_head",
     "explain",
+    "feed_layers",
     "paged_chain_step",
     "paged_pool",
     "prepare",

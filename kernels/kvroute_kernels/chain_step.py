@@ -62,19 +62,30 @@ class ChainSteps:
 
     Attributes:
         counts: new tokens of each sequence.
-        magnitudes: ``[T]`` float32, |z_t - z_{t-1}|; 0 for a chain's first vector.
-        angles: ``[T]`` float32, radians in [0, pi]; 0 where undefined and for a chain's first vector.
-        squares: ``[T, 2]`` float64, squared magnitude and squared norm of z_t: what ranks that hold some heads each
-            can add up.
+        rows: ``[T, 4]`` float64: magnitude, angle, squared magnitude, squared norm of z_t. The first three are 0 for a
+            chain's first vector, and so is an angle that is undefined.
         layer_sums: ``[R, layers, H*D + H*Dv]`` float32, by layer the sums of keys, then values over each sequence's new
             tokens, where they were asked for.
     """
 
     counts: list[int]
-    magnitudes: Tensor
-    angles: Tensor
-    squares: Tensor
+    rows: Tensor
     layer_sums: Tensor | None = None
+
+    @property
+    def magnitudes(self) -> Tensor:
+        """``[T]`` float32, |z_t - z_{t-1}|."""
+        return self.rows[:, 0].float()
+
+    @property
+    def angles(self) -> Tensor:
+        """``[T]`` float32, radians in [0, pi]."""
+        return self.rows[:, 1].float()
+
+    @property
+    def squares(self) -> Tensor:
+        """``[T, 2]`` float64, squared magnitude and squared norm: what ranks that hold some heads each can add up."""
+        return self.rows[:, 2:]
 
 
 def token_vectors(view: KVView, sequence: int, start: int, stop: int, layers: Sequence[int] | None = None) -> Tensor:
@@ -141,7 +152,49 @@ def paged_chain_step(
     def torch_() -> ChainSteps:
         return paged_chain_step_reference(view, state, rows, start, stop, chosen, layer_sums=layer_sums)
 
-    return run("paged_chain_step", view.lengths.device, view.dtype, backend, triton=triton, torch_=torch_)
+    def native() -> ChainSteps | None:
+        from kvroute_kernels.chain_step_native import paged_chain_step_native
+        from kvroute_kernels.native_library import can_read
+
+        if not can_read(view, chosen):
+            return None
+        return paged_chain_step_native(view, state, rows, start, stop, chosen, layer_sums, workspace)
+
+    device = view.lengths.device
+    return run("paged_chain_step", device, view.dtype, backend, triton=triton, native=native, torch_=torch_)
+
+
+def feed_layers(
+    states: Tensor, rows: Sequence[int], sums: Tensor, *, backend: Backend | None = None
+) -> tuple[Tensor, Tensor]:
+    """Add sums by layer to what is kept of chains over layers, in place, and measure them.
+
+    Args:
+        states: ``[chains, layers, F]`` float64, sums over all tokens so far.
+        rows: a chain of its own for each of R sequences.
+        sums: ``[R, layers, F]`` float32, over their new tokens (:attr:`ChainSteps.layer_sums`).
+        backend: see :func:`kvroute_kernels.choose`; there is no kernel of Triton's.
+
+    Returns:
+        ``[R, layers, 2]`` float64, by layer the squared distance of its sum from the layer's before (0 for the first)
+        and its squared norm; ``[R]`` float64, squared distance of the last layer's from the first's. Ranks that hold
+        some heads each can add them up.
+    """
+
+    def torch_() -> tuple[Tensor, Tensor]:
+        index = torch.tensor(list(rows), dtype=torch.int64, device=states.device)
+        summed = states[index] + sums
+        states[index] = summed
+        moved = torch.nn.functional.pad(_square(summed[:, 1:] - summed[:, :-1]), (1, 0))
+        return torch.stack([moved, _square(summed)], dim=2), _square(summed[:, -1] - summed[:, 0])
+
+    def native() -> tuple[Tensor, Tensor] | None:
+        from kvroute_kernels.chain_step_native import feed_layers_native
+        from kvroute_kernels.native_library import library
+
+        return None if library() is None else feed_layers_native(states, rows, sums)
+
+    return run("feed_layers", states.device, sums.dtype, backend, triton=torch_, native=native, torch_=torch_)
 
 
 def paged_chain_step_reference(
@@ -166,8 +219,7 @@ def paged_chain_step_reference(
     ]
     counts = [int(v.shape[0]) for v in vectors]
     if not sum(counts):
-        empty = state.first.new_zeros(0)
-        return ChainSteps(counts, empty, empty, torch.zeros(0, 2, dtype=torch.float64, device=empty.device), sums)
+        return ChainSteps(counts, torch.zeros(0, 4, dtype=torch.float64, device=state.first.device), sums)
     padded = torch.nn.utils.rnn.pad_sequence(vectors, batch_first=True)
     device = padded.device
     index = torch.tensor(list(rows), dtype=torch.int64, device=device)
@@ -178,7 +230,7 @@ def paged_chain_step_reference(
     held = torch.tensor(counts, device=device)
     magnitudes, angles = chain_step(state, index, padded, held)
     new = torch.arange(padded.shape[1], device=device)[None] < held[:, None]
-    return ChainSteps(counts, magnitudes[new], angles[new], torch.stack([x[new] for x in squared], dim=1), sums)
+    return ChainSteps(counts, torch.stack([x[new].double() for x in (magnitudes, angles, *squared)], dim=1), sums)
 
 
 def _square(x: Tensor) -> Tensor:

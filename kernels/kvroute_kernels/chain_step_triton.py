@@ -33,7 +33,7 @@ from kvroute_kernels.buffers import Buffers
 from kvroute_kernels.chain_step import ChainSteps, ChainTensors
 from kvroute_kernels.checks import check_held, check_ranges, check_states
 from kvroute_kernels.paged_pool_triton import paged_pool_triton
-from kvroute_kernels.planes import Planes, planes_of
+from kvroute_kernels.planes import KnownPlanes, Planes, planes_of
 from kvroute_kernels.reading_triton import TRITON_DTYPES, at_most, load_numbers, needs_e4m3_bits
 from kvroute_kernels.view import KVView, KVViewError
 from kvroute_kernels.workspace import Workspace
@@ -403,6 +403,7 @@ class PagedChain:
 
     def __init__(self, device: torch.device, room: int | None = None) -> None:
         self.buffers = Buffers(device)
+        self._known = KnownPlanes()
         self._room = room
         self._planes: Planes | None = None
         self._e4m3_bits = needs_e4m3_bits(device)
@@ -430,7 +431,7 @@ class PagedChain:
             KVViewError: layers that differ, a range outside its sequence, vectors of another size than the states',
                 more items than there is room for.
         """
-        planes = planes_of(view, layers, "kv")
+        planes = planes_of(view, layers, "kv", self._known)
         low, high = np.asarray(start, dtype=np.int64), np.asarray(stop, dtype=np.int64)
         check_ranges(view, low, high)
         check_states(state, rows, len(low), planes.heads * sum(planes.sizes))
@@ -533,8 +534,7 @@ class PagedChain:
 
     def steps(self) -> ChainSteps:
         """The last launch's steps, copied."""
-        rows = self.rows()
-        return ChainSteps(list(self._counts), rows[:, 0].float(), rows[:, 1].float(), rows[:, 2:].clone())
+        return ChainSteps(list(self._counts), self.rows().clone())
 
 
 def warps_of(constants: dict[str, Any], threads: int) -> int:

@@ -23,9 +23,9 @@ def check_ranges(view: KVView, low: Ints, high: Ints, weights: Sequence[Tensor] 
     length = np.asarray(view.host_lengths, dtype=np.int64)
     if not len(low) == len(high) == len(length):
         raise KVViewError(f"{len(low)} starts and {len(high)} stops for {len(length)} sequences.")
-    bad = np.flatnonzero(~((low >= 0) & (low <= high) & (high <= length)))
-    if len(bad):
-        b = int(bad[0])
+    bad = (low < 0) | (low > high) | (high > length)
+    if bad.any():
+        b = int(bad.argmax())
         raise KVViewError(f"Tokens {low[b]}..{high[b]} were asked of sequence {b}, which has {length[b]}.")
     if weights is not None:
         if len(weights) != len(low):
@@ -42,25 +42,27 @@ def check_held(view: KVView, layers: Sequence[int], low: Ints, high: Ints) -> No
         WindowError: a token before the first that is held.
         KVViewError: a page is absent.
     """
+    some = high > low
+    if not some.any():
+        return
     seen: set[tuple[int, int]] = set()
-    some = np.flatnonzero(high > low)
-    for group, places, _ in view.split_layers(layers):
+    for group in view.groups_of(layers):
         key = (id(group.table), group.page_size)
-        if key in seen or not len(some):
+        if key in seen:
             continue
         seen.add(key)
         pages, offset, first = (x.numpy() for x in group.table.on_host())
-        early = some[low[some] < first[some]]
-        if len(early):
-            b = int(early[0])
-            raise WindowError(group.layers[places[0]], b, int(low[b]), int(first[b]))
-        column = np.arange(pages.shape[1])
+        early = some & (low < first)
+        if early.any():
+            b = int(early.argmax())
+            layer = min(set(layers) & set(group.layers))
+            raise WindowError(layer, b, int(low[b]), int(first[b]))
         begin, end = (low + offset) // group.page_size, (high - 1 + offset) // group.page_size
-        wanted = (column >= begin[:, None]) & (column <= end[:, None]) & (high > low)[:, None]
-        outside = (high > low) & ((begin < 0) | (end >= pages.shape[1]))
-        absent = np.flatnonzero(outside | (wanted & (pages < 0)).any(axis=1))
-        if len(absent):
-            b = int(absent[0])
+        column = np.arange(pages.shape[1])
+        wanted = (column >= begin[:, None]) & (column <= end[:, None]) & (pages < 0)
+        absent = some & ((begin < 0) | (end >= pages.shape[1]) | wanted.any(axis=1))
+        if absent.any():
+            b = int(absent.argmax())
             raise KVViewError(f"A page of tokens {low[b]}..{high[b]} of sequence {b} is absent.")
 
 

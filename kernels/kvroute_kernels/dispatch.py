@@ -81,20 +81,20 @@ def explain(device: torch.device, dtype: torch.dtype) -> tuple[Backend, str]:
     if chosen == "triton":
         return chosen, "There is a GPU, and triton is installed."
     if device.type == "cpu":
-        from kvroute_kernels.paged_pool_native import compiler, library
+        from kvroute_kernels.native_library import compiler, library
 
         if compiler() is None:
-            return "torch", "There is no GPU, and no C++ compiler for pooling (set CXX, or install g++ or clang++)."
+            return "torch", "There is no GPU, and no C++ compiler (set CXX, or install g++ or clang++)."
         if library() is None:
-            return "torch", f"There is no GPU, and {compiler()} can't compile pooling (the log says why)."
-        return "native", f"There is no GPU; pooling is compiled by {compiler()}, all else is torch's."
+            return "torch", f"There is no GPU, and {compiler()} can't compile the kernels (the log says why)."
+        return "native", f"There is no GPU; pooling and chains are compiled by {compiler()}, all else is torch's."
     return chosen, f"The tensors lie on {device.type}, and {_why_not('auto', device, dtype)}"
 
 
 def prepare(device: torch.device) -> None:
     """Build what the ops compile on a device, so that no first call waits for it (some seconds, once a machine)."""
     if device.type == "cpu" and _wished() in ("auto", "native"):
-        from kvroute_kernels.paged_pool_native import library
+        from kvroute_kernels.native_library import library
 
         library()
 

@@ -76,9 +76,10 @@ def paged_pool(
         return paged_pool_triton(view, chosen, low, high, part, weights, workspace)
 
     def native() -> PooledSums | None:
-        from kvroute_kernels.paged_pool_native import can_pool, paged_pool_native
+        from kvroute_kernels.native_library import can_read
+        from kvroute_kernels.paged_pool_native import paged_pool_native
 
-        return paged_pool_native(view, chosen, low, high, part, weights) if can_pool(view, chosen) else None
+        return paged_pool_native(view, chosen, low, high, part, weights, workspace) if can_read(view, chosen) else None
 
     def torch_() -> PooledSums:
         return paged_pool_reference(view, chosen, low, high, part, weights)

@@ -33,7 +33,7 @@ from torch import Tensor
 from kvroute_kernels.buffers import Buffers
 from kvroute_kernels.checks import check_held, check_ranges
 from kvroute_kernels.paged_pool import PooledSums
-from kvroute_kernels.planes import Planes, planes_of
+from kvroute_kernels.planes import KnownPlanes, Planes, planes_of
 from kvroute_kernels.reading_triton import TRITON_DTYPES, at_most, load_numbers, needs_e4m3_bits
 from kvroute_kernels.view import KVView, KVViewError
 from kvroute_kernels.workspace import Workspace
@@ -220,6 +220,7 @@ class PagedPool:
 
     def __init__(self, device: torch.device, room: int | None = None) -> None:
         self.buffers = Buffers(device)
+        self._known = KnownPlanes()
         self._room = room
         self._planes: Planes | None = None
         self._e4m3_bits = needs_e4m3_bits(device)
@@ -243,7 +244,7 @@ class PagedPool:
         Raises:
             KVViewError: layers that differ, a range outside its sequence, more items than there is room for.
         """
-        planes = planes_of(view, layers, part)
+        planes = planes_of(view, layers, part, self._known)
         low, high = np.asarray(start, dtype=np.int64), np.asarray(stop, dtype=np.int64)
         check_ranges(view, low, high, weights)
         items, joins, rows = split_items(low, high)

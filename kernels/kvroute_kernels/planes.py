@@ -6,8 +6,10 @@ number of allocations, and neither a stride nor a length can ask for another com
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -54,27 +56,91 @@ class Planes:
         return self.layers * self.heads * sum(self.sizes)
 
 
-def planes_of(view: KVView, layers: Sequence[int], part: str) -> Planes:
+@dataclass(frozen=True, slots=True)
+class _Lasting:
+    """Planes without their page tables, which alone change from step to step.
+
+    Attributes:
+        planes: with zeros where the tables would be.
+        spans: by run of planes that share a group, its place in the view and the planes.
+    """
+
+    planes: Planes
+    spans: list[tuple[int, slice]]
+
+
+class KnownPlanes:
+    """Planes of caches that were seen before, so that a step fills in its page tables alone."""
+
+    def __init__(self) -> None:
+        self._seen: dict[object, _Lasting] = {}
+
+    def lasting(self, view: KVView, layers: Sequence[int], part: str) -> _Lasting:
+        """The lasting half of :func:`planes_of`."""
+        caches = tuple((id(g.keys), id(g.values), g.layers, g.key_scale, g.value_scale) for g in view.groups)
+        key = (part, tuple(layers), caches)  # tensors that are kept keep their ids
+        if key not in self._seen:
+            if len(self._seen) >= _MOST_KNOWN:
+                self._seen.clear()
+            self._seen[key] = _lasting_of(view, layers, part)
+        return self._seen[key]
+
+
+_MOST_KNOWN = 64
+
+
+def planes_of(view: KVView, layers: Sequence[int], part: str, known: KnownPlanes | None = None) -> Planes:
     """The planes of some layers of a view, keys of all layers before values.
+
+    Args:
+        view: the cache.
+        layers: which.
+        part: "k", "v" or "kv".
+        known: remembers what does not change from call to call.
 
     Raises:
         KVViewError: layers that differ in heads, head size or dtype.
     """
+    lasting = _lasting_of(view, layers, part) if known is None else known.lasting(view, layers, part)
+    rows = lasting.planes.rows.copy()
+    keep: list[Tensor] = []
+    for place, span in lasting.spans:
+        table = view.groups[place].table
+        pages, offset = table.pages.contiguous(), table.offset.contiguous()
+        columns = pages.shape[1]
+        rows[span, TABLE : OFFSET + 1] = (pages.data_ptr(), columns, columns, offset.data_ptr())
+        keep += [pages, offset]
+    return replace(lasting.planes, rows=rows, keep=(*lasting.planes.keep, *keep))
+
+
+def _lasting_of(view: KVView, layers: Sequence[int], part: str) -> _Lasting:
     found = [view.group_of(layer) for layer in layers]
-    tables = {id(g.table): (g.table.pages.contiguous(), g.table.offset.contiguous()) for g, _ in found}
-    rows, scales, keep, vector, place = [], [], [x for pair in tables.values() for x in pair], True, 0
+    where = {id(group): place for place, group in enumerate(view.groups)}
+    runs = [list(run) for _, run in itertools.groupby(found, key=lambda x: id(x[0]))]
+    parts: list[np.ndarray[Any, np.dtype[np.int64]]] = []
+    scales: list[float] = []
+    keep: list[Tensor] = []
+    spans: list[tuple[int, slice]] = []
+    vector, place = True, 0
     shapes, dtypes, sizes = set(), set(), [0, 0]
     for which, letter in enumerate("kv"):
         if letter not in part:
             continue
-        for group, at in found:
+        for run in runs:  # layers of one group differ in their address and their place alone
+            group = run[0][0]
             tensor = group.values if which else group.keys
-            row = _row(tensor, at, group, tables[id(group.table)], place)
-            rows.append(row)
-            scales.append(group.value_scale if which else group.key_scale)
+            numbers = np.tile(np.array(_row(tensor, group), dtype=np.int64), (len(run), 1))
+            width = tensor.shape[2] * tensor.shape[4]
+            at = np.array([at for _, at in run], dtype=np.int64)
+            numbers[:, ADDRESS] += at * (tensor.stride(0) * tensor.element_size())
+            numbers[:, PLACE] = place + width * np.arange(len(run))
+            spans.append((where[id(group)], slice(len(scales), len(scales) + len(run))))
+            parts.append(numbers)
+            scales += [group.value_scale if which else group.key_scale] * len(run)
             keep.append(tensor)
-            vector = vector and _whole(row, tensor.element_size())
-            place += tensor.shape[2] * tensor.shape[4]
+            vector = vector and _whole(numbers[0].tolist(), tensor.element_size())
+            vector = vector and not (numbers[:, ADDRESS] % 16).any()
+            place += width * len(run)
             sizes[which] = tensor.shape[4]
             shapes.add((letter, tensor.shape[2], tensor.shape[4]))
             dtypes.add(tensor.dtype)
@@ -83,8 +149,8 @@ def planes_of(view: KVView, layers: Sequence[int], part: str) -> Planes:
         raise KVViewError(f"Layers {list(layers)} differ in heads or head size ({wanted}): pool them apart.")
     if len(dtypes) > 1:
         raise KVViewError(f"Layers {list(layers)} differ in dtype ({sorted(map(str, dtypes))}): pool them apart.")
-    return Planes(
-        rows=np.array(rows, dtype=np.int64).reshape(len(rows), FIELDS),
+    planes = Planes(
+        rows=np.concatenate(parts) if parts else np.empty((0, FIELDS), dtype=np.int64),
         scales=np.array(scales, dtype=np.float32),
         dtype=dtypes.pop() if dtypes else view.dtype,
         heads=next(iter(shapes))[1] if shapes else 0,
@@ -93,17 +159,15 @@ def planes_of(view: KVView, layers: Sequence[int], part: str) -> Planes:
         vector=vector,
         keep=tuple(keep),
     )
+    return _Lasting(planes, spans)
 
 
-def _row(tensor: Tensor, at: int, group: KVGroup, table: tuple[Tensor, Tensor], place: int) -> list[int]:
-    pages, offset = table
-    layer, *strides = tensor.stride()
+def _row(tensor: Tensor, group: KVGroup) -> list[int]:
+    """Of the first layer of a group."""
     row = [0] * FIELDS
-    row[ADDRESS] = tensor.data_ptr() + at * layer * tensor.element_size()
-    row[PAGE_STRIDE : ENTRY_STRIDE + 1] = strides
+    row[ADDRESS] = tensor.data_ptr()
+    row[PAGE_STRIDE : ENTRY_STRIDE + 1] = tensor.stride()[1:]
     row[SIZE], row[PAGE_SIZE], row[PAGES] = tensor.shape[4], group.page_size, tensor.shape[1]
-    row[TABLE], row[TABLE_STRIDE], row[COLUMNS] = pages.data_ptr(), pages.shape[1], pages.shape[1]
-    row[OFFSET], row[PLACE] = offset.data_ptr(), place
     return row
 
 

@@ -309,6 +309,17 @@ class KVView:
         except KeyError:
             raise KVViewError(f"The view has no layer {layer}; it has {self.layers}.") from None
 
+    def groups_of(self, layers: Sequence[int]) -> list[KVGroup]:
+        """The groups that hold any of the layers.
+
+        Raises:
+            KVViewError: the view has no such layer.
+        """
+        wanted = set(layers)
+        if not wanted <= self._by_layer.keys():
+            self.group_of(min(wanted - self._by_layer.keys()))
+        return [group for group in self.groups if not wanted.isdisjoint(group.layers)]
+
     def layer(self, index: int) -> LayerKV:
         """Keys and values of one layer, by page."""
         group, place = self.group_of(index)

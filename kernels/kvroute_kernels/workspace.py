@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from kvroute_kernels.planes import KnownPlanes
+
 if TYPE_CHECKING:
     from kvroute_kernels.chain_step_triton import PagedChain
     from kvroute_kernels.paged_pool_triton import PagedPool
@@ -16,10 +18,14 @@ class Workspace:
 
     With one, a call that fits in the buffers of the calls before it allocates none on the device, and addresses stay.
     The sums it returns lie in those buffers: they hold until the next call of an op with the same workspace. One
-    workspace serves one thread. Torch's and native code have no use for it.
+    workspace serves one thread. Torch's code has no use for it; native code looks up in it where caches lie.
+
+    Attributes:
+        planes: of the caches that were read.
     """
 
     def __init__(self) -> None:
+        self.planes = KnownPlanes()
         self._pools: dict[torch.device, PagedPool] = {}
         self._chains: dict[torch.device, PagedChain] = {}
 

@@ -23,9 +23,9 @@ from kvroute.route_steering import finite
 from kvroute.scores import Score
 from kvroute.serving.answers import Result, public_text
 from kvroute.serving.asks import CONFIDENCE
+from kvroute.serving.feeding import feature_key
 from kvroute.serving.kept_requests import KeptRequest
 from kvroute.serving.messages import Array
-from kvroute.serving.worker import feature_key
 
 Fault = Callable[[Exception | None, str], None]
 """Told of a fault: the exception, if there is one to be logged, and its kind."""

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -205,8 +206,14 @@ def _page_table(
         first.append(held)
     width = max((len(r) for r in rows), default=0)
     device = layer.keys.device
-    pages = torch.tensor([r + [-1] * (width - len(r)) for r in rows], dtype=torch.int64).view(len(rows), width)
-    host = (pages, torch.tensor(offset, dtype=torch.int64), torch.tensor(first, dtype=torch.int64))
+    pages = np.full((len(rows), width), -1, dtype=np.int64)
+    for number, row in enumerate(rows):
+        pages[number, : len(row)] = row
+    # numpy is quicker than torch with so few numbers
+    numbers = (pages, np.array(offset, dtype=np.int64), np.array(first, dtype=np.int64))
+    host = (torch.from_numpy(numbers[0]), torch.from_numpy(numbers[1]), torch.from_numpy(numbers[2]))
+    if device.type == "cpu":
+        return PageTable(*host, host)
     there = [x.to(device, non_blocking=True) for x in host]
     return PageTable(there[0], there[1], there[2], host)
 

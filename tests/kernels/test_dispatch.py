@@ -126,7 +126,7 @@ def test_the_interpreter_really_runs_the_kernel(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_native_code_is_the_cpus_where_it_can_be_built(monkeypatch: pytest.MonkeyPatch) -> None:
-    from kvroute_kernels import paged_pool_native
+    from kvroute_kernels import native_library
 
     view = random_view([40, 3], page=8)
     native = paged_pool(view, backend="native")
@@ -135,7 +135,7 @@ def test_native_code_is_the_cpus_where_it_can_be_built(monkeypatch: pytest.Monke
     torch.testing.assert_close(native.keys, wanted.keys, rtol=1e-6, atol=1e-5)
     with pytest.raises(KernelsUnavailableError, match="the tensors lie on cuda"):
         choose(GPU, torch.float32, "native")
-    monkeypatch.setattr(paged_pool_native, "library", lambda: None)
+    monkeypatch.setattr(native_library, "library", lambda: None)
     assert torch.equal(paged_pool(view).keys, wanted.keys)
     with pytest.raises(KernelsUnavailableError, match="no C\\+\\+ compiler"):
         paged_pool(view, backend="native")
@@ -144,11 +144,11 @@ def test_native_code_is_the_cpus_where_it_can_be_built(monkeypatch: pytest.Monke
 def test_a_compiler_that_fails_is_said_once_and_torch_does_it(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, tmp_path
 ) -> None:
-    from kvroute_kernels import paged_pool_native
+    from kvroute_kernels import native_library
 
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setenv("CXX", "/bin/false")
-    paged_pool_native.library.cache_clear()
+    native_library.library.cache_clear()
     try:
         view = random_view([5])
         for _ in range(2):
@@ -156,4 +156,4 @@ def test_a_compiler_that_fails_is_said_once_and_torch_does_it(
         (said,) = caplog.records
         assert "can't be compiled" in said.getMessage()
     finally:
-        paged_pool_native.library.cache_clear()
+        native_library.library.cache_clear()

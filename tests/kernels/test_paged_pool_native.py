@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvroute_kernels import paged_pool, prepare
-from kvroute_kernels.paged_pool_native import library
+from kvroute_kernels.native_library import library
 from tests.kernels.caches import DTYPES, LAYOUTS, exact_sums, random_view
 
 pytestmark = pytest.mark.skipif(library() is None, reason="no C++ compiler")
@@ -84,7 +84,7 @@ def test_128k_tokens_in_bfloat16() -> None:
 
 def test_prepare_builds_it_where_it_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[int] = []
-    monkeypatch.setattr("kvroute_kernels.paged_pool_native.library", lambda: asked.append(1))
+    monkeypatch.setattr("kvroute_kernels.native_library.library", lambda: asked.append(1))
     monkeypatch.delenv("KVROUTE_KERNELS", raising=False)
     prepare(torch.device("cpu"))
     prepare(torch.device("meta"))

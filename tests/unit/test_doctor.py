@@ -20,7 +20,7 @@ from kvroute._version import __version__
 from kvroute.doctor import diagnose
 from kvroute.policy import Policy
 from kvroute.serving.about import About
-from kvroute_kernels import dispatch, paged_pool_native
+from kvroute_kernels import dispatch, native_library
 from vllm_stand_in import StandIn
 
 ROOT = Path(__file__).parents[2]
@@ -80,7 +80,7 @@ def test_kernels_that_cannot_run_stop(run: Run, monkeypatch: pytest.MonkeyPatch)
 
 
 def test_without_a_compiler_pooling_is_torchs(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(paged_pool_native, "compiler", lambda: None)
+    monkeypatch.setattr(native_library, "compiler", lambda: None)
     found = diagnose()
     assert found.ok
     assert {k.backend for k in found.kernels} == {"torch"}
@@ -91,8 +91,8 @@ def test_why_a_backend_is_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
     cpu, gpu = torch.device("cpu"), torch.device("cuda")
     assert dispatch.explain(gpu, torch.bfloat16) == ("triton", "There is a GPU, and triton is installed.")
     assert "torch.float64" in dispatch.explain(gpu, torch.float64)[1]
-    monkeypatch.setattr(paged_pool_native, "library", lambda: None)
-    monkeypatch.setattr(paged_pool_native, "compiler", lambda: "c++")
+    monkeypatch.setattr(native_library, "library", lambda: None)
+    monkeypatch.setattr(native_library, "compiler", lambda: "c++")
     assert dispatch.explain(cpu, torch.float32) == (
         "torch", "There is no GPU, and c++ can't compile pooling (the log says why).",
     )  # fmt: skip
