@@ -23,6 +23,8 @@ from kvroute.scores import Score
 
 Vector = np.ndarray[Any, np.dtype[np.float32]]
 
+PENDING: Final = "pending"
+"""In a result that vLLM itself brings: it comes a step later, by the mailbox."""
 _LONGEST: Final = 300
 _LARGEST: Final = float(np.finfo(np.float32).max)
 _PATHS = re.compile(

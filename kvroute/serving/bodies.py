@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final, Literal
 
-from kvroute.serving.answers import Result
+from kvroute.serving.answers import PENDING, Result
 from kvroute.serving.asks import KEY
 
 Kind = Literal["chat", "completion"]
@@ -119,7 +119,7 @@ def with_results(
     found: list[dict[str, Any]] = []
     for index, place in enumerate(call.choices):
         result = results.get(place)
-        if result is None and not several and isinstance(own, dict):
+        if result is None and not several and isinstance(own, dict) and PENDING not in own:
             result = own  # vLLM brought it itself
         if result is None:
             found.append(Result(error=why).to_dict())

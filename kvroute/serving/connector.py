@@ -29,7 +29,7 @@ from kvroute.serving.messages import StepMeta, StepResults
 from kvroute.serving.metrics import KVRouteMetrics, KVRouteStats
 from kvroute.serving.scheduler import SchedulerSide
 from kvroute.serving.served_model import ServedModel
-from kvroute.serving.vllm_facts import cache_facts, cpu_writer
+from kvroute.serving.vllm_facts import cache_facts, cpu_writer, holds_pages
 from kvroute.serving.worker import WorkerSide
 
 if TYPE_CHECKING:
@@ -124,6 +124,7 @@ class KVRouteConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
                 longest=int(vllm_config.model_config.max_model_len),
                 runs_ahead=bool(vllm_config.scheduler_config.async_scheduling),
                 reader=functools.partial(_WORKERS.get, str(self._kv_transfer_config.engine_id)),
+                holds_pages=holds_pages(kv_cache_config),
             )
 
     # ------------------------------------------------------------------ worker
@@ -156,15 +157,22 @@ class KVRouteConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
     def _read_nothing(self) -> StepAnswer | None:
         """That what this rank read in the step is lost: half of a vector must not be taken for a whole one."""
         message = self._get_connector_metadata() if self.has_connector_metadata() else None
-        if not isinstance(message, StepMessage) or not message.meta.requests:
+        if not isinstance(message, StepMessage) or not (message.meta.requests or message.meta.rests):
             return None
-        return StepAnswer(StepResults(faults={r.id: _UNREAD for r in message.meta.requests}))
+        ids = [r.id for r in [*message.meta.requests, *message.meta.rests]]
+        return StepAnswer(StepResults(faults=dict.fromkeys(ids, _UNREAD)))
 
     def _step(self) -> None:
         if self._worker is not None and self.has_connector_metadata():
             message = self._get_connector_metadata()
             if isinstance(message, StepMessage):
                 self._worker.step(message.meta)
+
+    @_guarded(_nothing)
+    def handle_preemptions(self, kv_connector_metadata: KVConnectorMetadata) -> None:
+        """Before the forward: the last moment at which the pages of requests that ended are whole."""
+        if self._worker is not None and isinstance(kv_connector_metadata, StepMessage):
+            self._worker.begin(kv_connector_metadata.meta)
 
     @_guarded(_nothing)
     def finish_forward(self) -> None:

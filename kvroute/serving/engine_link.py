@@ -10,10 +10,11 @@ from typing import Any, Final
 from kvroute.errors import InvalidInputError, ServerError
 from kvroute.generation import Generation, Prompt, TokenIds
 from kvroute.serving.about import About, about
+from kvroute.serving.answers import PENDING
 from kvroute.serving.asks import KEY
 from kvroute.serving.jobs import Job
 from kvroute.serving.link import Link, Writing
-from kvroute.serving.mailbox import MAILBOX
+from kvroute.serving.mailbox import MAILBOX, WAITS
 from kvroute.serving.wire import Choice, Completion, completion_usage
 
 _LATE: Final = 5.0
@@ -70,11 +71,15 @@ class EngineLink(Link):
     async def _run(self, job: Job, *, stream: bool) -> AsyncGenerator[Completion, None]:
         """Its answer, whole or in pieces; the last one has kvroute's result."""
         request = uuid.uuid4().hex
+        if MAILBOX.connected and not MAILBOX.partial:
+            request = f"{request}-{WAITS}"
         expected = None if job.ask is None else MAILBOX.expect([request])
         try:
             said = False
             async for output in self._outputs(job, request, stream=stream):
                 part = _completion(output)
+                if PENDING in (part.kv_transfer_params or {}).get(KEY, {}):
+                    part = part.model_copy(update={"kv_transfer_params": None})
                 said = said or KEY in (part.kv_transfer_params or {})
                 yield part
             if expected is not None and not said and MAILBOX.connected and await expected.wait(_LATE):

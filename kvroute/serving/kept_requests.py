@@ -11,7 +11,7 @@ from kvroute.heads.head import DifficultyHead
 from kvroute.pooling import PoolingSpec
 from kvroute.serving.deciding import Decided
 from kvroute.serving.feeding import window_of
-from kvroute.serving.messages import Array
+from kvroute.serving.messages import Array, StepRequest
 
 BlockIds = Sequence[Sequence[int]]
 """By KV cache group, a request's block ids."""
@@ -38,6 +38,8 @@ class KeptRequest:
     fed: int = 0
     read: int = 0
     aborted: bool = False
+    late: bool = False  # its client can wait for a result until the next step
+    last: int = 2**31  # tokens with keys and values when its answer is as long as it may become
     stop: int = 0  # tokens with keys and values, as far as was scheduled
     gone: bool = False  # its pages, before they were read to the end
     sums: dict[str, tuple[Array | None, Array | None, float]] = field(default_factory=dict)
@@ -58,9 +60,14 @@ class KeptRequest:
 
 @dataclass(slots=True)
 class Closing:
-    """A request that ended: what is known of it, its result, tokens of its answer, and its blocks while they last."""
+    """A request that ended: what is known of it, its result, tokens of its answer, and its blocks while they last.
+
+    ``rest`` is what the workers still have to read of it before the next step; ``sent`` that they were told to.
+    """
 
     state: KeptRequest
     box: dict[str, Any]
     answer: int
     blocks: BlockIds
+    rest: StepRequest | None = None
+    sent: bool = False

@@ -15,6 +15,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Final, Self
 
+WAITS: Final = "kvroute-waits"
+"""In a request's id: who made it waits for the mailbox's result, so that it may come a step after the answer's end."""
 _log = logging.getLogger(__name__)
 _CHILD = re.compile(r"(\d+)_(.+)", re.DOTALL)
 _SUFFIX = re.compile(r"-[0-9a-f]{8}\Z")

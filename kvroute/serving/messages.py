@@ -95,10 +95,18 @@ class StepRequest:
 
 @dataclass(slots=True)
 class StepMeta:
-    """A step: what to read, and whose state to drop."""
+    """A step.
+
+    Attributes:
+        requests: what to read when it has run.
+        finished: whose state to drop.
+        rests: what to read before it runs, of requests that ended in the step before: their pages are free, and may be
+            written in this one. Their state is dropped then.
+    """
 
     requests: list[StepRequest] = field(default_factory=list)
     finished: list[str] = field(default_factory=list)
+    rests: list[StepRequest] = field(default_factory=list)
 
 
 @dataclass(slots=True)

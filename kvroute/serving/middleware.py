@@ -14,9 +14,10 @@ import secrets
 from collections.abc import Awaitable, Callable, Iterator, Mapping, MutableMapping
 from typing import Any, Final
 
+from kvroute.serving.answers import PENDING
 from kvroute.serving.asks import KEY
 from kvroute.serving.bodies import Call, Kind, dumped, headers_of, ids_of, read_call, stops_of, with_results
-from kvroute.serving.mailbox import MAILBOX, Mailbox, Slot
+from kvroute.serving.mailbox import MAILBOX, WAITS, Mailbox, Slot
 
 Scope = MutableMapping[str, Any]
 Message = MutableMapping[str, Any]
@@ -92,6 +93,8 @@ class _Exchange:
         headers = [(name, value) for name, value in scope["headers"] if name.lower() != _ID]
         self._theirs = next((value for name, value in scope["headers"] if name.lower() == _ID), None)
         mine = secrets.token_hex(16)
+        if self._mailbox.connected and not self._mailbox.partial:
+            mine = f"{mine}-{WAITS}"
         self._id = mine if self._theirs is None else f"{self._theirs.decode('latin-1')}-{mine}"
         return {**scope, "headers": [*headers, (_ID, self._id.encode("latin-1"))]}
 
@@ -189,7 +192,8 @@ class _Exchange:
         assert self._call is not None
         assert self._slot is not None
         params = body.get("kv_transfer_params")
-        brought = len(self._call.choices) == 1 and isinstance(params, dict) and isinstance(params.get(KEY), dict)
+        own = params.get(KEY) if isinstance(params, dict) else None
+        brought = len(self._call.choices) == 1 and isinstance(own, dict) and PENDING not in own
         why = _BEAMS if self._call.beams else "" if self._mailbox.connected else _NO_STATS
         if not why and not brought and not await self._slot.wait(self._seconds):
             why = _PARTIAL if self._mailbox.partial else f"No result came within {self._seconds:g} seconds."

@@ -3,9 +3,11 @@
 A request's result is a dict that the engine keeps by reference from its end on and that is filled when the
 workers' numbers of the same step arrive. No engine is needed to test it.
 
-Where the worker is at hand (in this process, alone, in step with us), an answer is read in pieces of ``PIECE`` tokens,
-and its rest when it ends: its pages are still whole then, and a piece costs little more than a token. Where it is not,
-each step's tokens are read behind that step, for it may be the last.
+An answer is read in pieces of ``PIECE`` tokens where that can be, for a piece costs little more than a token, and its
+rest when it ends. Where the worker is at hand (in this process, alone, in step with us), the rest is read at once.
+Where it is not, it is read before the next step, when the pages are free and not yet written again; then the result
+is late by a step, so the client must be one that waits for it (:data:`~kvroute.serving.mailbox.WAITS`). Else each
+step's tokens are read behind that step, for it may be the last.
 """
 
 from __future__ import annotations
@@ -17,13 +19,14 @@ from typing import Any, Protocol
 import numpy as np
 
 from kvroute.errors import AskError, KVRouteError
-from kvroute.serving.answers import Result, Tokens, public_text
+from kvroute.serving.answers import PENDING, Result, Tokens, public_text
 from kvroute.serving.asks import read_ask, vectors_of
 from kvroute.serving.config import ServingConfig
 from kvroute.serving.deciding import Decided, Decisions
 from kvroute.serving.entries import PIECE, Entries
 from kvroute.serving.finishing import LOST, finish
 from kvroute.serving.kept_requests import BlockIds, Closing, KeptRequest
+from kvroute.serving.mailbox import WAITS
 from kvroute.serving.messages import Array, Looked, Norms, StepMeta, StepRequest, StepResults, Sums
 from kvroute.serving.tally import Tally
 from kvroute.serving.thinking_tokens import ThinkingTokens
@@ -52,6 +55,7 @@ class SchedulerSide:
         longest: most tokens that a prompt and its answer may have together.
         runs_ahead: whether the engine schedules a step before it has the tokens of the last.
         reader: gives the worker, as soon as it is there and if it is at hand; else None.
+        holds_pages: whether a running request's pages hold all its tokens, up to the step behind its end.
     """
 
     def __init__(
@@ -65,8 +69,10 @@ class SchedulerSide:
         longest: int = 2**31,
         runs_ahead: bool = False,
         reader: Callable[[], Reader | None] | None = None,
+        holds_pages: bool = False,
     ) -> None:
         self._config = config
+        self._holds_pages = holds_pages and not runs_ahead
         self._reader = None if runs_ahead else reader
         self._steps = 0
         self._decisions = Decisions(config, thinking, longest=longest, runs_ahead=runs_ahead)
@@ -141,6 +147,8 @@ class SchedulerSide:
                     raise AskError(f"'answer_from' is {ask.answer_from}, and the prompt has {length} tokens.")
                 given, length = length - ask.answer_from, ask.answer_from
             state = KeptRequest(length, ask.plan, tokens, body=ask.to_dict(), error=self.off, given=given)
+            state.late = self._holds_pages and WAITS in request
+            state.last = length + given + limit - 1
             if self.off is None:
                 state.wants(vectors_of(ask, self._config))
                 state.decided = self._decisions.of(ask, tokens, length, limit, structured=structured)
@@ -173,8 +181,9 @@ class SchedulerSide:
         if self._closing:  # the engine ended them without a word from the workers
             self._close()
         self._steps += 1
-        waits = self._steps % PIECE != 0 and self._reader is not None and self._reader() is not None
-        meta = StepMeta(finished=self._gone)
+        between = self._steps % PIECE != 0
+        near = between and self._reader is not None and self._reader() is not None
+        meta = StepMeta(finished=self._gone, rests=self._send_rests())
         self._gone = []
         for request, start, count, blocks in scheduled:
             state = self._running.get(request)
@@ -182,6 +191,7 @@ class SchedulerSide:
                 continue
             try:
                 state.stop = start + count
+                waits = near or (between and state.late and state.stop < state.last)
                 entry = self._entries.entry(request, state, blocks, waits=waits)
             except Exception as error:  # noqa: BLE001 - the engine must not see it
                 state.error = public_text(error)
@@ -233,32 +243,48 @@ class SchedulerSide:
     # ------------------------------------------------------------------ inside
 
     def _close(self, requests: Sequence[str] | None = None) -> None:
-        """Read what requests that ended (all of them) were waiting with, and fill their results."""
+        """Read what requests that ended (all of them) were waiting with, and fill their results; those of which the
+        workers have to read a rest before the next step are left, until they have."""
         closing = list(self._closing) if requests is None else list(requests)
         reader = None if self._reader is None else self._reader()
         if reader is not None:
             self._read_rests(closing, reader)
         for request in closing:
-            self._fill(request)
+            found = self._closing[request]
+            if reader is None and found.state.late and found.rest is None:
+                found.rest = self._rest(request)
+                if found.rest is not None:
+                    found.box[PENDING] = True
+            if found.rest is None or found.sent:
+                self._fill(request)
+
+    def _send_rests(self) -> list[StepRequest]:
+        """What the workers have to read before the next step."""
+        rests = []
+        for found in self._closing.values():
+            if found.rest is not None and not found.sent:
+                rests.append(found.rest)
+                found.sent = True
+        return rests
+
+    def _rest(self, request: str) -> StepRequest | None:
+        """What is still to be read of a request that ended."""
+        found = self._closing[request]
+        state = found.state
+        if state.error is not None:
+            return None
+        if not self._entries.reaches(found.blocks, state.stop):  # preempted, and ended before it ran again
+            state.gone = True
+            return None
+        try:
+            return self._entries.entry(request, state, found.blocks, ends=True)
+        except Exception as error:  # noqa: BLE001 - the engine must not see it
+            state.error = public_text(error)
+            self._fault(error, "schedule")
+            return None
 
     def _read_rests(self, requests: Sequence[str], reader: Reader) -> None:
-        entries = []
-        for request in requests:
-            found = self._closing[request]
-            state = found.state
-            if state.error is not None:
-                continue
-            if not self._entries.reaches(found.blocks, state.stop):  # preempted, and ended before it ran again
-                state.gone = True
-                continue
-            try:
-                entry = self._entries.entry(request, state, found.blocks, ends=True)
-            except Exception as error:  # noqa: BLE001 - the engine must not see it
-                state.error = public_text(error)
-                self._fault(error, "schedule")
-                continue
-            if entry is not None:
-                entries.append(entry)
+        entries = [entry for entry in map(self._rest, requests) if entry is not None]
         if not entries:
             return
         try:
@@ -318,6 +344,7 @@ class SchedulerSide:
     def _fill(self, request: str) -> None:
         found = self._closing.pop(request)
         state, box, answer = found.state, found.box, found.answer
+        box.pop(PENDING, None)
         if state.seen:
             self._gone.append(request)
         tokens = Tokens(state.prompt_len, answer)

@@ -18,6 +18,8 @@ from kvroute.serving.layouts import CacheFacts, LayerFacts
 
 _NO_KEYS = frozenset({"MambaSpec", "HiddenStateCacheSpec"})
 """Caches of something else than a layer's keys and values."""
+_HOLDING = frozenset({"FullAttentionSpec", "MLAAttentionSpec"})
+"""Caches whose blocks hold all tokens of a request."""
 
 
 def cache_facts(vllm_config: Any, kv_cache_config: Any) -> CacheFacts:
@@ -66,6 +68,16 @@ def cache_facts(vllm_config: Any, kv_cache_config: Any) -> CacheFacts:
         context_ranks=parallel.decode_context_parallel_size * getattr(parallel, "prefill_context_parallel_size", 1),
         replicas=getattr(kv_cache_config, "kv_tp_replicas", 1),
     )
+
+
+def holds_pages(kv_cache_config: Any) -> bool:
+    """Whether every layer's blocks hold all tokens of a request until it ends: none is given up on the way."""
+    specs = [
+        spec
+        for group in kv_cache_config.kv_cache_groups
+        for spec in getattr(group.kv_cache_spec, "kv_cache_specs", {"": group.kv_cache_spec}).values()
+    ]
+    return all(type(spec).__name__ in _HOLDING for spec in specs)
 
 
 def layer_sizes(vllm_config: Any, kv_cache_config: Any) -> list[tuple[int, int, int, int]]:

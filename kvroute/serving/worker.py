@@ -29,6 +29,7 @@ from kvroute.serving.state_rows import StateRows
 from kvroute_kernels import KVView, Workspace, prepare
 
 _log = logging.getLogger(__name__)
+_TOO_LATE = "The engine did not let kvroute read the end of the answer in time."
 _LOGGED = 5
 """Faults that are logged in full; all are counted."""
 
@@ -73,6 +74,8 @@ class WorkerSide:
         self._copies = HostCopies()
         self._results: StepResults | None = None
         self._done: StepMeta | None = None
+        self._begun: StepMeta | None = None
+        self._rests: StepResults | None = None
         self._logged = 0
         self._lost = 0
         self._feeder = Feeder(self._num_layers, self._rows, self._workspace, self._copies)
@@ -88,27 +91,44 @@ class WorkerSide:
         layer has given up a page that a step before needed."""
         return all(s.keys.device.type == "cpu" and not s.first.drops for s in self._stacks)
 
+    def begin(self, meta: StepMeta) -> None:
+        """Before the step runs: read what is left of requests that ended, and drop them. Raises nothing."""
+        if meta is self._begun or not meta.rests:
+            return
+        self._begun = meta
+        began = time.perf_counter()
+        self._rests = self.read(meta.rests)
+        for request in meta.rests:
+            try:
+                self.drop(request.id)
+            except Exception as error:  # noqa: BLE001 - the engine must not see it
+                self.failed(error)
+        self._rests.seconds = time.perf_counter() - began
+
     def step(self, meta: StepMeta) -> None:
         """Read what the step wrote; the second call for the same step does nothing. Raises nothing."""
         if meta is self._done:
             return
         self._done = meta
         began = time.perf_counter()
+        rests, self._rests = self._rests, None
+        if meta.rests and rests is None:
+            rests = StepResults(copy=self._copy, faults=dict.fromkeys([r.id for r in meta.rests], _TOO_LATE))
         for request in meta.finished:
             try:
                 self.drop(request)
             except Exception as error:  # noqa: BLE001 - the engine must not see it
                 self.failed(error)
-        if not meta.requests and not meta.finished:
+        if not meta.requests and not meta.finished and rests is None:
             return
-        results = StepResults(copy=self._copy)
+        results = StepResults(copy=self._copy) if rests is None else rests
         try:
             self._work(meta.requests, results)
             self._lost += self._looker.quiet_faults(results.looks)
         except Exception as error:  # noqa: BLE001 - the engine must not see it
             self._give_up(meta.requests, error, results)
         results.held = len(self._asked) + len(self._board)
-        results.seconds = time.perf_counter() - began
+        results.seconds += time.perf_counter() - began
         self._results = results
 
     def failed(self, error: Exception) -> None:

@@ -6,6 +6,7 @@ import numpy as np
 import torch
 
 from kvroute.serving.config import ServingConfig
+from kvroute.serving.mailbox import WAITS
 from kvroute.serving.messages import StepResults
 from kvroute.serving.pages import LayerPages
 from kvroute.serving.scheduler import SchedulerSide
@@ -17,9 +18,10 @@ SIF = np.linspace(0.1, 1.0, VOCAB, dtype=np.float32)
 
 
 class Engine:
-    """An engine of simulated steps; ``ranks`` share the heads. ``near``: the worker is at hand, so answers can wait."""
+    """An engine of simulated steps; ``ranks`` share the heads. ``near``: the worker is at hand, so answers can wait;
+    ``late``: clients can wait for results until the next step, in which the pages of what ended are written anew."""
 
-    def __init__(self, ranks: int = 1, near: bool = False, **config) -> None:
+    def __init__(self, ranks: int = 1, near: bool = False, late: bool = False, **config) -> None:
         self.memory = torch.zeros(LAYERS, BLOCKS, HEADS, BLOCK, 2 * SIZE)
         self.workers = []
         for rank in range(ranks):
@@ -31,14 +33,20 @@ class Engine:
             self.workers.append(WorkerSide(pages))
         self.read = 0  # requests that the worker was sent to read
         reader = (lambda: self.workers[0]) if near else None
-        self.side = SchedulerSide(ServingConfig(**config), [BLOCK], lambda a: SIF / (1 + a), reader=reader)
+        self.late = late
+        self.side = SchedulerSide(
+            ServingConfig(**config), [BLOCK], lambda a: SIF / (1 + a), reader=reader, holds_pages=late
+        )
+        self.ended: list[str] = []
         self.free = torch.randperm(BLOCKS - 1, generator=torch.Generator().manual_seed(0)).add(1).tolist()
         self.data: dict[str, tuple[torch.Tensor, list[int], int]] = {}
         self.blocks: dict[str, list[int]] = {}
         self.boxes: dict[str, dict] = {}
 
-    def add(self, name: str, prompt: int, total: int, features, seed: int = 0, like: str | None = None) -> None:
-        """A request whose tokens and cache are decided beforehand."""
+    def add(
+        self, name: str, prompt: int, total: int, features, seed: int = 0, like: str | None = None, more: int = 0
+    ) -> None:
+        """A request whose tokens and cache are decided beforehand; it might have written ``more`` tokens."""
         g = torch.Generator().manual_seed(seed)
         cache = torch.randn(LAYERS, HEADS, total, 2 * SIZE, generator=g)
         ids = torch.randint(VOCAB, (total + 1,), generator=g).tolist()
@@ -46,7 +54,12 @@ class Engine:
             cache, ids = self.data[like][0][:, :, :total], self.data[like][1][: total + 1]
         self.data[name] = (cache, ids, prompt)
         self.blocks[name] = []
-        self.side.on_request(name, {"kvroute": {"features": features}}, prompt, ids)
+        limit = total + 1 - prompt + more
+        self.side.on_request(self.id(name), {"kvroute": {"features": features}}, prompt, ids, limit=limit)
+
+    def id(self, name: str) -> str:
+        """The engine's own."""
+        return f"{name}-{WAITS}" if self.late else name
 
     def preempt(self, name: str) -> None:
         for block in self.blocks[name]:
@@ -64,12 +77,18 @@ class Engine:
             table = self.blocks[name]
             while len(table) * BLOCK < start + count:
                 table.append(self.free.pop())
-            cache = self.data[name][0]
+            if self.side.asked(self.id(name)):
+                rows.append((self.id(name), start, count, [list(table)]))
+        meta = self.side.step(rows)
+        for worker in self.workers:
+            worker.begin(meta)
+        for name in self.ended if self.late else ():
+            self.preempt(name)
+        self.ended = []
+        for name, start, count in scheduled:
+            table, cache = self.blocks[name], self.data[name][0]
             for t in range(start, start + count):
                 self.memory[:, table[t // BLOCK], :, t % BLOCK] = cache[:, :, t]
-            if self.side.asked(name):
-                rows.append((name, start, count, [list(table)]))
-        meta = self.side.step(rows)
         self.read += len(meta.requests)
         merged: StepResults | None = None
         for worker in self.workers:
@@ -83,7 +102,8 @@ class Engine:
         self.side.merge(merged)
 
     def end(self, name: str, answer: int, **more) -> None:
-        box = self.side.finished(name, answer, blocks=[self.blocks[name]], **more)
+        box = self.side.finished(self.id(name), answer, blocks=[list(self.blocks[name])], **more)
+        self.ended.append(name)
         if box is not None:
             self.boxes[name] = box
 

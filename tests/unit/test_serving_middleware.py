@@ -13,7 +13,7 @@ import pytest
 
 from kvroute.serving.answers import Result, Tokens
 from kvroute.serving.bodies import Call, dumped, headers_of, read_call, with_results
-from kvroute.serving.mailbox import Mailbox
+from kvroute.serving.mailbox import WAITS, Mailbox
 from kvroute.serving.middleware import KVRouteMiddleware, connector_settings
 
 ASK = {"kv_transfer_params": {"kvroute": {"features": ["length"]}}}
@@ -294,7 +294,28 @@ async def test_a_request_id_begins_with_the_clients_and_is_nobody_elses():
         assert headers["x-request-id"] == "mine"
         ids.add(server.seen["id"])
     assert len(ids) == 3
-    assert all(id.startswith("mine-") and len(id) == 5 + 32 for id in ids)
+    assert all(id.startswith("mine-") and len(id) == 5 + 32 + 1 + len(WAITS) for id in ids)
+
+
+async def test_an_id_says_that_its_result_is_waited_for_where_it_will_come():
+    for connected, partial, waits in ((True, False, True), (False, False, False), (True, True, False)):
+        server = Server(chat())
+        server.mailbox.connected, server.mailbox.partial = connected, partial
+        await server.call({})
+        assert (WAITS in server.seen["id"]) is waits
+
+
+async def test_a_result_that_the_engine_still_owes_is_waited_for():
+    owed = {"kv_transfer_params": {"kvroute": {"error": "?", "pending": True}, "other": 1}}
+    server = Server(
+        chat(**owed), results={"chatcmpl-X": {"error": None, "features": {"f": [1.0]}}}, late=True, seconds=5
+    )
+    found = json.loads((await server.call(ASK))[2])["kv_transfer_params"]
+    assert found == {"kvroute": {"error": None, "features": {"f": [1.0]}}, "other": 1}
+    server = Server(chat(**owed))
+    found = json.loads((await server.call(ASK))[2])["kv_transfer_params"]["kvroute"]
+    assert "No result came" in found["error"]
+    assert "pending" not in found
 
 
 async def test_a_client_that_leaves_is_forgotten():

@@ -112,6 +112,59 @@ def test_what_waited_is_read_when_a_request_is_aborted_unless_its_pages_are_gone
     assert engine.states == 0
 
 
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_rest_that_can_wait_is_read_before_the_next_step_writes(ranks):
+    engine = Engine(ranks, late=True, max_features=16)
+    engine.add("a", 6, 12, SPECS, seed=5, more=20)  # ends by itself
+    engine.add("b", 4, 10, SPECS, seed=6)  # as long as it may become
+    engine.add("c", 5, 11, SPECS, seed=7, more=3)  # a stop string
+    engine.add("d", 3, 30, SPECS, seed=8, more=3)
+    engine.step(("a", 0, 6), ("b", 0, 4), ("c", 0, 5), ("d", 0, 3))
+    for t in range(6):
+        end = (("a",) if t == 5 else ()) + (("b",) if t == 5 else ())
+        engine.step(("a", 6 + t, 1), ("b", 4 + t, 1), ("c", 5 + t, 1), ("d", 3 + t, 1), end=end)
+    engine.end("c", 7, aborted=True)
+    assert engine.read == 4 + 1  # the prompts, and b's answer at once, for it could not become longer
+    check(engine, "b")
+    for name in "ac":
+        assert engine.boxes[name]["pending"]
+        assert engine.boxes[name]["features"] == {}
+    engine.step(("d", 9, 1))  # the pages of what ended are written before the step is read
+    for name in "ac":
+        assert "pending" not in engine.boxes[name]
+        check(engine, name)
+    for t in range(10, 30):
+        engine.step(("d", t, 1), end=("d",) if t == 29 else ())
+    assert engine.boxes["d"]["pending"]
+    engine.step()  # nothing runs any more
+    check(engine, "d")
+    assert engine.states == 0
+    assert engine.side.faults == 0
+
+
+def test_a_rest_that_nobody_reads_in_time_is_said_to_be_lost(monkeypatch):
+    engine = Engine(late=True, max_features=16)
+    engine.add("a", 6, 12, SPECS, more=20)
+    engine.step(("a", 0, 6))
+    for t in range(6, 12):
+        engine.step(("a", t, 1), end=("a",) if t == 11 else ())
+    monkeypatch.setattr(engine.workers[0], "begin", lambda meta: None)
+    engine.step()
+    assert "in time" in engine.boxes["a"]["error"]
+    engine.step()
+    assert engine.states == 0
+
+
+def test_who_does_not_wait_has_the_result_when_the_answer_ends():
+    engine = Engine(late=True, max_features=16)
+    engine.id = lambda name: name
+    engine.add("a", 6, 12, SPECS, more=20)
+    engine.step(("a", 0, 6))
+    for t in range(6, 12):
+        engine.step(("a", t, 1), end=("a",) if t == 11 else ())
+    check(engine, "a")
+
+
 def test_an_answer_of_one_token_has_the_prompts_features_and_reasons_for_the_rest():
     engine = Engine(max_features=16)
     engine.add("a", 6, 6, SPECS)
