@@ -65,6 +65,7 @@ PARTS: dict[str, dict[str, Any] | None] = {
 REQUESTS = 8
 """At once, which is also the most that the server runs at once."""
 HOOKS = (
+    "handle_preemptions",
     "finish_forward",
     "wait_for_save",
     "get_finished",

@@ -38,6 +38,7 @@ class Entries:
         *,
         waits: bool = False,
         ends: bool = False,
+        behind: int = 0,
     ) -> StepRequest | None:
         """What is to be read of a request.
 
@@ -47,6 +48,7 @@ class Entries:
             blocks: its blocks.
             waits: less than a piece of its answer is left for later.
             ends: it ended; nothing is decided any more.
+            behind: newest tokens of its answer that are left for later.
         """
         stop = state.stop
         of = state.of if state.error is None else frozenset()
@@ -57,7 +59,7 @@ class Entries:
         begin = state.answer_start
         prompt = "prompt" in of and not state.pooled and stop >= state.prompt_len
         low = max(state.fed, state.prompt_len if begin is None else begin)
-        high = max(low, stop) if begin is not None and ("answer" in of or chain) else low
+        high = max(low, stop - behind) if begin is not None and ("answer" in of or chain) else low
         if waits and not prompt and high - low < PIECE:
             high = low
         reads = prompt or high > low

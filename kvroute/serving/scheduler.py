@@ -191,8 +191,10 @@ class SchedulerSide:
                 continue
             try:
                 state.stop = start + count
-                waits = near or (between and state.late and state.stop < state.last)
-                entry = self._entries.entry(request, state, blocks, waits=waits)
+                late = state.late and state.stop < state.last
+                # A step counts no more for a request that is aborted while it runs, so none of it is read yet.
+                behind = count if late and not near else 0
+                entry = self._entries.entry(request, state, blocks, waits=near or (between and late), behind=behind)
             except Exception as error:  # noqa: BLE001 - the engine must not see it
                 state.error = public_text(error)
                 if state.decided is not None and not state.decided.request.decision.mode:
@@ -273,6 +275,7 @@ class SchedulerSide:
         state = found.state
         if state.error is not None:
             return None
+        state.stop = min(state.stop, state.prompt_len + found.answer - 1)  # a step in flight counts no more
         if not self._entries.reaches(found.blocks, state.stop):  # preempted, and ended before it ran again
             state.gone = True
             return None
