@@ -30,6 +30,7 @@ from kvroute.serving.messages import Array
 Fault = Callable[[Exception | None, str], None]
 """Told of a fault: the exception, if there is one to be logged, and its kind."""
 LOST = "The numbers that the workers read of it did not all arrive."
+GONE = "The answer was not read to its end: the engine had taken its pages for another one."
 
 
 def finish(state: KeptRequest, result: Result, answer: int, fault: Fault) -> None:
@@ -42,18 +43,18 @@ def finish(state: KeptRequest, result: Result, answer: int, fault: Fault) -> Non
         fault: is told of each fault.
     """
     assert state.plan is not None
-    if state.gone:
-        result.faults.append("The answer was not read to its end: the engine had taken its pages for another one.")
-    missing = is_missing(state, answer)
-    if missing:
+    missing = GONE if state.gone else LOST if is_missing(state, answer) else None
+    if missing == GONE:
+        result.faults.append(GONE)
+    elif missing == LOST:
         fault(None, "lost")
     for name, (of, spec) in state.vectors.items():
         found = state.sums.get(feature_key(of, spec))
-        if of == "answer" and missing:
+        if of == "answer" and missing is not None:
             if name == CONFIDENCE:
-                result.confidence = Score(None, LOST)
+                result.confidence = Score(None, missing)
             else:
-                result.faults.append(f"{name}: {LOST}")
+                result.faults.append(f"{name}: {missing}")
             continue
         if name == CONFIDENCE:
             result.confidence = confidence(state, None if found is None else pooled_vector(spec, *found), fault)
@@ -69,8 +70,11 @@ def finish(state: KeptRequest, result: Result, answer: int, fault: Fault) -> Non
             result.faults.append(f"{name}: The cache holds values that are not finite.")
             fault(None, "not finite")
     if state.plan.chain is not None:
-        lost = named_scores(no_score(LOST), no_score(LOST))
-        result.scores |= lost if missing else chain_results(state.steps, state.ends)
+        result.scores |= (
+            chain_results(state.steps, state.ends)
+            if missing is None
+            else named_scores(no_score(missing), no_score(missing))
+        )
     if state.plan.length:
         result.scores["length"] = Score(float(answer))
 

@@ -275,8 +275,12 @@ class SchedulerSide:
         state = found.state
         if state.error is not None:
             return None
-        state.stop = min(state.stop, state.prompt_len + found.answer - 1)  # a step in flight counts no more
-        if not self._entries.reaches(found.blocks, state.stop):  # preempted, and ended before it ran again
+        end = (
+            state.prompt_len + found.answer - 1
+        )  # the last token has no keys and values; a step in flight counts no more
+        behind = end > state.prompt_len and state.stop < end  # preempted, and its tokens were being computed again
+        state.stop = min(state.stop, end)
+        if behind or not self._entries.reaches(found.blocks, state.stop):  # preempted, and ended before it ran again
             state.gone = True
             return None
         try:

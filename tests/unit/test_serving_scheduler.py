@@ -165,6 +165,21 @@ def test_who_does_not_wait_has_the_result_when_the_answer_ends():
     check(engine, "a")
 
 
+@pytest.mark.parametrize("near", [True, False])
+def test_an_answer_that_is_aborted_while_its_tokens_are_computed_again_says_so(near):
+    engine = Engine(near=near, late=not near, max_features=16)
+    engine.add("a", 6, 30, SPECS, seed=5, more=20)
+    engine.step(("a", 0, 6))
+    for t in range(6, 30):
+        engine.step(("a", t, 1))
+    engine.preempt("a")
+    engine.step(("a", 0, 8))
+    engine.end("a", 25, aborted=True)
+    engine.step()
+    assert any("not read to its end" in fault for fault in engine.boxes["a"]["faults"])
+    assert {"p1", "p2", "p3"} == set(engine.boxes["a"]["features"])
+
+
 def test_an_answer_of_one_token_has_the_prompts_features_and_reasons_for_the_rest():
     engine = Engine(max_features=16)
     engine.add("a", 6, 6, SPECS)
