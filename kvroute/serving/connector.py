@@ -267,7 +267,7 @@ class KVRouteConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
                     scheduled.append((request, start, count, functools.partial(state.get_block_ids, request)))
         except Exception as error:  # noqa: BLE001 - what was read of it so far is right
             side.failed(error)
-        return StepMessage(side.step(scheduled))
+        return StepMessage(side.step(scheduled, scheduler_output.preempted_req_ids or ()))
 
     @_guarded(_nothing)
     def update_connector_output(self, connector_output: Any) -> None:

@@ -83,7 +83,7 @@ def is_missing(state: KeptRequest, answer: int) -> bool:
     """Whether steps of the answer are missing in what the workers read: then it is of other tokens than it says."""
     begin = state.answer_start
     chain = state.plan is not None and state.plan.chain is not None
-    if begin is None or not (chain or "answer" in state.of):
+    if begin is None or not state.reads_answer:
         return False
     end = state.prompt_len + answer - 1  # the last token has no keys and values
     if not state.aborted and begin < end and state.read < end:

@@ -41,6 +41,7 @@ class KeptRequest:
     late: bool = False  # its client can wait for a result until the next step
     last: int = 2**31  # tokens with keys and values when its answer is as long as it may become
     stop: int = 0  # tokens with keys and values, as far as was scheduled
+    blocks: BlockIds = ()  # that hold them, where a rest may have to be read when they are taken away
     gone: bool = False  # its pages, before they were read to the end
     sums: dict[str, tuple[Array | None, Array | None, float]] = field(default_factory=dict)
     steps: list[Array] = field(default_factory=list)
@@ -51,6 +52,16 @@ class KeptRequest:
         self.vectors = vectors
         self.of = frozenset(of for of, _ in vectors.values())
         self.window = max((window_of(s) or 0 for of, s in vectors.values() if of == "answer"), default=0)
+
+    @property
+    def reads_answer(self) -> bool:
+        """Whether anything that is asked for is read from its answer."""
+        return "answer" in self.of or (self.plan is not None and self.plan.chain is not None)
+
+    @property
+    def under_way(self) -> bool:
+        """Whether workers were told to read tokens of its answer that they have not yet told of."""
+        return self.late and self.error is None and self.read < self.fed
 
     @property
     def answer_start(self) -> int | None:

@@ -99,9 +99,9 @@ class StepMeta:
 
     Attributes:
         requests: what to read when it has run.
-        finished: whose state to drop.
-        rests: what to read before it runs, of requests that ended in the step before: their pages are free, and may be
-            written in this one. Their state is dropped then.
+        finished: whose state to drop, when ``rests`` are read.
+        rests: what to read before it runs, of requests that ended in the step before or are preempted in this one:
+            their pages are free, and may be written now.
     """
 
     requests: list[StepRequest] = field(default_factory=list)

@@ -13,7 +13,7 @@ step's tokens are read behind that step, for it may be the last.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -171,25 +171,34 @@ class SchedulerSide:
         state = self._running.get(request)
         return state is not None and state.decided is not None and not state.decided.policy.shadow
 
-    def step(self, scheduled: Sequence[tuple[str, int, int, BlockIds | Callable[[], BlockIds]]]) -> StepMeta:
-        """What the workers are to read behind a step.
+    def step(
+        self,
+        scheduled: Sequence[tuple[str, int, int, BlockIds | Callable[[], BlockIds]]],
+        preempted: Collection[str] = (),
+    ) -> StepMeta:
+        """What the workers are to read behind a step, and before it.
 
         Args:
             scheduled: by request that :meth:`asked`: id, tokens computed before, tokens of this step, its blocks (or
                 what gives them, if they are needed).
+            preempted: requests whose blocks were taken away for this step.
         """
         if self._closing:  # the engine ended them without a word from the workers
-            self._close()
+            self._close(over=True)
         self._steps += 1
         between = self._steps % PIECE != 0
         near = between and self._reader is not None and self._reader() is not None
         meta = StepMeta(finished=self._gone, rests=self._send_rests())
+        meta.finished += [rest.id for rest in meta.rests]
+        meta.rests += [entry for entry in map(self._kept_rest, preempted) if entry is not None]
         self._gone = []
         for request, start, count, blocks in scheduled:
             state = self._running.get(request)
             if state is None or not self.asked(request):
                 continue
             try:
+                if state.late and not (state.stop == start and self._entries.reaches(state.blocks, start + count)):
+                    state.blocks = blocks = blocks() if callable(blocks) else blocks
                 state.stop = start + count
                 late = state.late and state.stop < state.last
                 # A step counts no more for a request that is aborted while it runs, so none of it is read yet.
@@ -244,9 +253,10 @@ class SchedulerSide:
 
     # ------------------------------------------------------------------ inside
 
-    def _close(self, requests: Sequence[str] | None = None) -> None:
-        """Read what requests that ended (all of them) were waiting with, and fill their results; those of which the
-        workers have to read a rest before the next step are left, until they have."""
+    def _close(self, requests: Sequence[str] | None = None, *, over: bool = False) -> None:
+        """Read what requests that ended (all of them) were waiting with, and fill their results. Left are those of
+        which the workers have to read a rest before the next step, and those whose numbers are under way, unless the
+        step that would bring them is over."""
         closing = list(self._closing) if requests is None else list(requests)
         reader = None if self._reader is None else self._reader()
         if reader is not None:
@@ -255,9 +265,10 @@ class SchedulerSide:
             found = self._closing[request]
             if reader is None and found.state.late and found.rest is None:
                 found.rest = self._rest(request)
-                if found.rest is not None:
-                    found.box[PENDING] = True
-            if found.rest is None or found.sent:
+            due = found.rest is not None and not found.sent
+            if due or (found.state.under_way and not over):
+                found.box[PENDING] = True
+            else:
                 self._fill(request)
 
     def _send_rests(self) -> list[StepRequest]:
@@ -269,22 +280,33 @@ class SchedulerSide:
                 found.sent = True
         return rests
 
+    def _kept_rest(self, request: str) -> StepRequest | None:
+        """What is still to be read of a request whose blocks were taken away."""
+        state = self._running.get(request)
+        if state is None or not state.late or state.error is not None or not state.blocks:
+            return None
+        blocks, state.blocks = state.blocks, ()
+        return self._entry_of_rest(request, state, blocks)
+
     def _rest(self, request: str) -> StepRequest | None:
         """What is still to be read of a request that ended."""
         found = self._closing[request]
         state = found.state
         if state.error is not None:
             return None
-        end = (
-            state.prompt_len + found.answer - 1
-        )  # the last token has no keys and values; a step in flight counts no more
-        behind = end > state.prompt_len and state.stop < end  # preempted, and its tokens were being computed again
-        state.stop = min(state.stop, end)
-        if behind or not self._entries.reaches(found.blocks, state.stop):  # preempted, and ended before it ran again
-            state.gone = True
+        # The last token has no keys and values, and a step in flight counts no more.
+        end = state.prompt_len + found.answer - 1
+        computed = min(state.stop, end)
+        whole = computed >= end or end < state.prompt_len
+        if not (whole and self._entries.reaches(found.blocks, computed)):  # preempted, and ended before it ran again
+            state.gone = state.reads_answer and state.fed < end
             return None
+        state.stop = computed
+        return self._entry_of_rest(request, state, found.blocks)
+
+    def _entry_of_rest(self, request: str, state: KeptRequest, blocks: BlockIds) -> StepRequest | None:
         try:
-            return self._entries.entry(request, state, found.blocks, ends=True)
+            return self._entries.entry(request, state, blocks, ends=True)
         except Exception as error:  # noqa: BLE001 - the engine must not see it
             state.error = public_text(error)
             self._fault(error, "schedule")

@@ -92,17 +92,12 @@ class WorkerSide:
         return all(s.keys.device.type == "cpu" and not s.first.drops for s in self._stacks)
 
     def begin(self, meta: StepMeta) -> None:
-        """Before the step runs: read what is left of requests that ended, and drop them. Raises nothing."""
+        """Before the step runs: read what is left of requests that lost their pages. Raises nothing."""
         if meta is self._begun or not meta.rests:
             return
         self._begun = meta
         began = time.perf_counter()
         self._rests = self.read(meta.rests)
-        for request in meta.rests:
-            try:
-                self.drop(request.id)
-            except Exception as error:  # noqa: BLE001 - the engine must not see it
-                self.failed(error)
         self._rests.seconds = time.perf_counter() - began
 
     def step(self, meta: StepMeta) -> None:

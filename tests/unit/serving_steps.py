@@ -71,7 +71,16 @@ class Engine:
         """A prefix hit."""
         self.blocks[name] = self.blocks[other][:blocks]
 
-    def step(self, *scheduled: tuple[str, int, int], end: tuple[str, ...] = (), hooks: int = 4) -> None:
+    def step(
+        self,
+        *scheduled: tuple[str, int, int],
+        end: tuple[str, ...] = (),
+        abort: dict[str, int] | None = None,
+        preempt: tuple[str, ...] = (),
+        hooks: int = 4,
+    ) -> None:
+        """One step. ``abort``: ended from outside while it runs, with so many tokens; ``preempt``: they lose their
+        blocks for it."""
         rows = []
         for name, start, count in scheduled:
             table = self.blocks[name]
@@ -79,10 +88,10 @@ class Engine:
                 table.append(self.free.pop())
             if self.side.asked(self.id(name)):
                 rows.append((self.id(name), start, count, [list(table)]))
-        meta = self.side.step(rows)
+        meta = self.side.step(rows, [self.id(name) for name in preempt])
         for worker in self.workers:
             worker.begin(meta)
-        for name in self.ended if self.late else ():
+        for name in [*preempt, *(self.ended if self.late else ())]:
             self.preempt(name)
         self.ended = []
         for name, start, count in scheduled:
@@ -96,6 +105,8 @@ class Engine:
                 worker.step(meta)
             got = worker.results()
             merged = got if merged is None or got is None else merged.merge(got)
+        for name, answer in (abort or {}).items():
+            self.end(name, answer, aborted=True)
         for name in end:  # the engine ends a request before it hands over what the workers said
             cache, _, prompt = self.data[name]
             self.end(name, cache.shape[2] + 1 - prompt)

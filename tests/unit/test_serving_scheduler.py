@@ -165,6 +165,46 @@ def test_who_does_not_wait_has_the_result_when_the_answer_ends():
     check(engine, "a")
 
 
+@pytest.mark.parametrize("length", range(15, 19))
+def test_a_step_in_flight_counts_no_more_for_what_is_aborted(length):
+    engine = Engine(late=True, max_features=16)
+    engine.add("a", 6, 6 + length, SPECS, seed=5, more=20)
+    cache, ids, prompt = engine.data["a"]
+    engine.data["a"] = (torch.cat([cache, torch.randn_like(cache[:, :, :1])], dim=2), ids, prompt)
+    engine.step(("a", 0, 6))
+    for t in range(6, 6 + length):
+        engine.step(("a", t, 1))
+    engine.step(("a", 6 + length, 1), abort={"a": length + 1})
+    engine.step()
+    engine.data["a"] = (cache, ids, prompt)
+    check(engine, "a")
+    engine.step()
+    assert engine.states == 0
+
+
+@pytest.mark.parametrize("length", range(14, 19))
+@pytest.mark.parametrize("ended", ["aborted behind it", "aborted in it", "later"])
+def test_what_waits_is_read_before_a_preempted_requests_pages_are_written(length, ended):
+    engine = Engine(late=True, max_features=16)
+    total = 6 + length + (5 if ended == "later" else 0)
+    engine.add("a", 6, total, SPECS, seed=5, more=20)
+    engine.add("b", 4, 9, SPECS, seed=6)
+    engine.step(("a", 0, 6))
+    for t in range(6, 6 + length):
+        engine.step(("a", t, 1))
+    engine.step(("b", 0, 4), preempt=("a",), abort={"a": length + 1} if ended == "aborted in it" else {})
+    if ended == "later":
+        engine.step(("a", 0, 10), ("b", 4, 1))
+        engine.step(("a", 10, length - 3))
+        for t in range(7 + length, total):
+            engine.step(("a", t, 1), end=("a",) if t == total - 1 else ())
+    elif ended == "aborted behind it":
+        engine.end("a", length + 1, aborted=True)
+    engine.step()
+    check(engine, "a")
+    assert engine.side.faults == 0
+
+
 @pytest.mark.parametrize("near", [True, False])
 def test_an_answer_that_is_aborted_while_its_tokens_are_computed_again_says_so(near):
     engine = Engine(near=near, late=not near, max_features=16)
