@@ -70,13 +70,13 @@ demo-vllm: $(VLLM)/.done  ## install vLLM, start a server with kvroute in it, ro
 test: test-unit test-lower test-real test-vllm  ## install what the tests need and run them all
 
 test-unit: $(VENV)/.test  ## the tests on tiny models: seconds, no network
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 -m "not real and not docs and not vllm"
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist worksteal --durations 12 -m "not real and not docs and not vllm"
 
 test-lower: $(LOWER)/.done  ## the adapters' tests with the oldest LangChain and LlamaIndex that they are made for
 	@OMP_NUM_THREADS=1 $(LOWER)/bin/python -m pytest -q -n 2 -m "not real and not docs and not vllm" tests/langchain tests/llama_index
 
 test-real: $(VENV)/.test  ## the tests with the real SmolLM2, the README and the examples
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 -m "(real or docs) and not vllm"
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist worksteal --durations 25 -m "(real or docs) and not vllm"
 
 test-vllm: $(VLLM)/.done  ## the tests with a real vLLM engine, in an environment of its own (without the slow ones)
 	@OMP_NUM_THREADS=1 VLLM_CPU_KVCACHE_SPACE=1 $(VLLM_BIN)/python -m pytest -q -n 2 --dist loadfile -m "vllm and not slow" tests/serving
