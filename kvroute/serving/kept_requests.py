@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
+
+import numpy as np
 
 from kvroute.features import FeaturePlan, Of
 from kvroute.heads.head import DifficultyHead
 from kvroute.pooling import PoolingSpec
 from kvroute.serving.deciding import Decided
 from kvroute.serving.feeding import window_of
-from kvroute.serving.messages import Array, StepRequest
+from kvroute.serving.messages import Array, StepRequest, StepResults
 
 BlockIds = Sequence[Sequence[int]]
 """By KV cache group, a request's block ids."""
@@ -82,3 +84,28 @@ class Closing:
     blocks: BlockIds
     rest: StepRequest | None = None
     sent: bool = False
+
+
+def take_numbers(results: StepResults, find: Callable[[str], KeptRequest | None]) -> None:
+    """Put the sums and chains that workers read into what is kept of the requests that ``find`` finds."""
+    for key, sums in results.sums.items():
+        for i, request in enumerate(sums.ids):
+            state = find(request)
+            if state is not None:
+                state.sums[key] = (
+                    None if sums.keys is None else sums.keys[i],
+                    None if sums.values is None else sums.values[i],
+                    float(sums.weight[i]),
+                )
+    if results.norms is not None:
+        norms, low = results.norms, 0
+        for i, (request, high) in enumerate(zip(norms.ids, np.cumsum(norms.counts).tolist(), strict=True)):
+            state = find(request)
+            if state is not None:
+                state.steps.append(norms.steps[low:high])
+                state.ends = (float(norms.span[i]), norms.layers[i], float(norms.layer_span[i]))
+            low = high
+    for request, stop in results.read.items():
+        state = find(request)
+        if state is not None:
+            state.read = max(state.read, stop)

@@ -32,6 +32,9 @@ _SECONDS: Final = 5.0
 """How long a finished answer waits for its result. It comes with the same engine step, or the next after a stop
 string."""
 _END: Final = b"data: [DONE]"
+_FINISH: Final = b'"finish_reason":"'
+_USAGE: Final = b'"choices":[]'
+_ENDS: Final = (_END, _FINISH, _USAGE)
 _NO_STATS: Final = (
     "vLLM's statistics bring this result, and they are off. Start the server without --disable-log-stats."
 )
@@ -163,6 +166,9 @@ class _Exchange:
         await self._send({**message, "body": body, "more_body": False})
 
     async def _send_events(self, answer: _Stream, message: Message) -> None:
+        if message.get("more_body", False) and answer.passes(message.get("body", b"")):
+            await self._send(message)
+            return
         out = b""
         for event in answer.events(message.get("body", b"")):
             if not event.startswith(_END):
@@ -216,6 +222,10 @@ class _Stream:
         self.stopped: set[int] = set()
         self._rest = b""
 
+    def passes(self, piece: bytes) -> bool:
+        """Whether a piece goes out as it is: whole events, none of which may be the last; as nearly all are."""
+        return not (self.held or self._rest) and piece.endswith(b"\n\n") and not any(end in piece for end in _ENDS)
+
     def events(self, piece: bytes) -> Iterator[bytes]:
         """Whole events, each with the blank line that ends it."""
         *events, self._rest = (self._rest + piece).split(b"\n\n")
@@ -225,11 +235,11 @@ class _Stream:
         """What may go out when this event has come."""
         out, self.held = self.held, b""
         # In a text of the model's these quotes would be escaped.
-        ends = b'"finish_reason":"' in event
+        ends = _FINISH in event
         if ends and b'"stop_reason":"' in event:
             with contextlib.suppress(ValueError):
                 self.stopped |= stops_of(json.loads(event[len(b"data:") :]))
-        if ends or b'"choices":[]' in event:
+        if ends or _USAGE in event:
             self.held = event
             return out
         return out + event

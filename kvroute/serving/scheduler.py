@@ -16,8 +16,6 @@ import logging
 from collections.abc import Callable, Collection, Sequence
 from typing import Any, Protocol
 
-import numpy as np
-
 from kvroute.errors import AskError, KVRouteError
 from kvroute.serving.answers import PENDING, Result, Tokens, public_text
 from kvroute.serving.asks import read_ask, vectors_of
@@ -25,9 +23,9 @@ from kvroute.serving.config import ServingConfig
 from kvroute.serving.deciding import Decided, Decisions
 from kvroute.serving.entries import PIECE, Entries
 from kvroute.serving.finishing import LOST, finish
-from kvroute.serving.kept_requests import BlockIds, Closing, KeptRequest
+from kvroute.serving.kept_requests import BlockIds, Closing, KeptRequest, take_numbers
 from kvroute.serving.mailbox import WAITS
-from kvroute.serving.messages import Array, Looked, Norms, StepMeta, StepRequest, StepResults, Sums
+from kvroute.serving.messages import Array, Looked, StepMeta, StepRequest, StepResults
 from kvroute.serving.tally import Tally
 from kvroute.serving.thinking_tokens import ThinkingTokens
 
@@ -335,34 +333,7 @@ class SchedulerSide:
             state = self._find(request)
             if state is not None and state.decided is not None and state.decided.took(found) is not None:
                 self._fault(None, "decision")
-        for key, sums in results.sums.items():
-            self._take_sums(key, sums)
-        if results.norms is not None:
-            self._take_norms(results.norms)
-        for request, stop in results.read.items():
-            state = self._find(request)
-            if state is not None:
-                state.read = max(state.read, stop)
-
-    def _take_sums(self, key: str, sums: Sums) -> None:
-        for i, request in enumerate(sums.ids):
-            state = self._find(request)
-            if state is not None:
-                state.sums[key] = (
-                    None if sums.keys is None else sums.keys[i],
-                    None if sums.values is None else sums.values[i],
-                    float(sums.weight[i]),
-                )
-
-    def _take_norms(self, norms: Norms) -> None:
-        stops = np.cumsum(norms.counts).tolist()
-        low = 0
-        for i, (request, high) in enumerate(zip(norms.ids, stops, strict=True)):
-            state = self._find(request)
-            if state is not None:
-                state.steps.append(norms.steps[low:high])
-                state.ends = (float(norms.span[i]), norms.layers[i], float(norms.layer_span[i]))
-            low = high
+        take_numbers(results, self._find)
 
     def _find(self, request: str) -> KeptRequest | None:
         state = self._running.get(request)

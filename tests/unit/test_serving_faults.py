@@ -89,7 +89,7 @@ def test_a_scheduler_that_fails_in_the_middle_fills_the_result_later(monkeypatch
     engine.step(("a", 0, 4))
     engine.step(("a", 4, 1))
     with monkeypatch.context() as patch:
-        patch.setattr(engine.side, "_take_norms", raising)
+        patch.setattr("kvroute.serving.scheduler.take_numbers", raising)
         engine.step(("a", 5, 1), end=("a",))
     box = engine.boxes["a"]
     assert "did not all arrive" in " ".join(box["faults"])
