@@ -10,8 +10,8 @@ from langchain_core.utils import secret_from_env
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, SecretStr, model_validator
 
 from kvroute import EngineHandle, EngineName, InvalidInputError, KVRouteError
+from kvroute.engines.handle import KEY_VARIABLE
 
-KEY_VARIABLE = "KVROUTE_API_KEY"
 T = TypeVar("T")
 
 

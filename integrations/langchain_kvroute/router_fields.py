@@ -10,7 +10,7 @@ from langchain_core.utils import secret_from_env
 from pydantic import BaseModel, Field, SecretStr, field_validator
 
 from kvroute import EngineName, InvalidInputError, Policy, Router
-from langchain_kvroute.engine_fields import KEY_VARIABLE
+from kvroute.engines.handle import KEY_VARIABLE
 from langchain_kvroute.router_handle import RouterHandle, RouterName
 
 
