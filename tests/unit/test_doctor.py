@@ -94,7 +94,7 @@ def test_why_a_backend_is_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(native_library, "library", lambda: None)
     monkeypatch.setattr(native_library, "compiler", lambda: "c++")
     assert dispatch.explain(cpu, torch.float32) == (
-        "torch", "There is no GPU, and c++ can't compile pooling (the log says why).",
+        "torch", "There is no GPU, and c++ can't compile the kernels (the log says why).",
     )  # fmt: skip
     monkeypatch.setattr(dispatch, "_has_triton", lambda: False)
     assert "pip install 'kvroute[triton]'" in dispatch.explain(gpu, torch.bfloat16)[1]
