@@ -1,4 +1,8 @@
-"""Many inputs at once: one run decides them all, then each branch takes its own. A fault stays with its input."""
+"""Many inputs at once: one run decides them all, then each branch takes its own. A fault stays with its input.
+
+A branch whose ``batch`` is its own gets its inputs together; LangChain's default would invoke it for each in a thread,
+which is done here, in one pool for all branches.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +12,7 @@ from concurrent.futures import Future
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from langchain_core.runnables import RunnableConfig
+from langchain_core.runnables import Runnable, RunnableConfig
 from langchain_core.runnables.config import (
     get_async_callback_manager_for_config,
     get_callback_manager_for_config,
@@ -61,7 +65,7 @@ def batch(
         with get_executor_for_config(configs[0]) as executor:
             waiting: list[Future[Any]] = []
             for name, rows in work.groups():
-                if work.handed(rows):
+                if work.handed(rows) or type(router.branches[name]).batch is Runnable.batch:
                     waiting += [executor.submit(alone, row) for row in rows]
                 else:
                     waiting.append(executor.submit(together, name, rows))
@@ -122,7 +126,9 @@ async def abatch(
 
         limit = configs[0].get("max_concurrency")
         tasks = [
-            [alone(row) for row in rows] if work.handed(rows) else [together(name, rows)]
+            [alone(row) for row in rows]
+            if work.handed(rows) or type(router.branches[name]).abatch is Runnable.abatch
+            else [together(name, rows)]
             for name, rows in work.groups()
         ]
         if limit:  # the limit is on all branches together
