@@ -18,7 +18,7 @@ VLLM := .venv-vllm
 VLLM_BIN := $(VLLM)/bin
 VLLM_PIP := $(VLLM_BIN)/pip install --quiet --disable-pip-version-check
 
-.PHONY: help demo demo-vllm test test-unit test-lower test-real test-vllm test-vllm-slow docs lint type format bench bench-vllm clean
+.PHONY: help demo demo-vllm test test-unit test-lower test-real test-long test-vllm test-vllm-slow docs lint type format bench bench-vllm clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -76,7 +76,10 @@ test-lower: $(LOWER)/.done  ## the adapters' tests with the oldest LangChain and
 	@OMP_NUM_THREADS=1 $(LOWER)/bin/python -m pytest -q -n 2 -m "not real and not docs and not vllm" tests/langchain tests/llama_index
 
 test-real: $(VENV)/.test  ## the tests with the real SmolLM2, the README and the examples
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist worksteal --durations 25 -m "(real or docs) and not vllm"
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist worksteal --durations 25 -m "(real or docs) and not vllm and not long"
+
+test-long: $(VENV)/.test  ## the quick runs of benchmarks that take about a minute each, which CI leaves out
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist worksteal -m "long and not vllm"
 
 test-vllm: $(VLLM)/.done  ## the tests with a real vLLM engine, in an environment of its own (without the slow ones)
 	@OMP_NUM_THREADS=1 VLLM_CPU_KVCACHE_SPACE=1 $(VLLM_BIN)/python -m pytest -q -n 2 --dist loadfile -m "vllm and not slow" tests/serving

@@ -17,10 +17,18 @@ ROOT = Path(__file__).parents[2]
 SCRIPTS = [p.name for p in scripts_in(ROOT / "benchmarks")]
 """Those on vLLM run where it is installed: ``tests/serving/test_load_and_faults.py``."""
 
+LONG = {
+    *("best_of_votes.py", "embedding_quality.py", "embedding_throughput.py", "route_overhead.py", "routing_curve.py"),
+    *("score_quality.py", "switch_tokens.py"),
+}
+"""Near a minute each even so: ``make test-long`` runs them, CI does not."""
+
 pytestmark = [pytest.mark.real, pytest.mark.slow]
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize(
+    "script", [pytest.param(name, marks=pytest.mark.long) if name in LONG else name for name in SCRIPTS]
+)
 def test_quick_run_ends_with_json(script: str, tmp_path: Path) -> None:
     command = [sys.executable, "-W", "ignore", str(ROOT / "benchmarks" / script), "--quick", "--json", "--seconds", "6"]
     ran = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False)
