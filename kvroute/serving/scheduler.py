@@ -265,7 +265,9 @@ class SchedulerSide:
                 found.rest = self._rest(request)
             due = found.rest is not None and not found.sent
             if due or (found.state.under_way and not over):
-                found.box[PENDING] = True
+                # The engine may send the box at any time from here on, so it is not touched again.
+                handed, found.box = found.box, {k: v for k, v in found.box.items() if k != PENDING}
+                handed[PENDING] = True
             else:
                 self._fill(request)
 
@@ -344,7 +346,6 @@ class SchedulerSide:
     def _fill(self, request: str) -> None:
         found = self._closing.pop(request)
         state, box, answer = found.state, found.box, found.answer
-        box.pop(PENDING, None)
         if state.seen:
             self._gone.append(request)
         tokens = Tokens(state.prompt_len, answer)

@@ -111,6 +111,8 @@ class Engine:
             cache, _, prompt = self.data[name]
             self.end(name, cache.shape[2] + 1 - prompt)
         self.side.merge(merged)
+        if self.late:  # such a result goes to who waits for it
+            self.boxes |= {id.removesuffix(f"-{WAITS}"): box for id, box in self.side.tally._results.items()}
 
     def end(self, name: str, answer: int, **more) -> None:
         box = self.side.finished(self.id(name), answer, blocks=[list(self.blocks[name])], **more)
