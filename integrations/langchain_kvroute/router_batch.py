@@ -10,7 +10,7 @@ import asyncio
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from langchain_core.runnables import Runnable, RunnableConfig
 from langchain_core.runnables.config import (
@@ -65,7 +65,7 @@ def batch(
         with get_executor_for_config(configs[0]) as executor:
             waiting: list[Future[Any]] = []
             for name, rows in work.groups():
-                if work.handed(rows) or type(router.branches[name]).batch is Runnable.batch:
+                if work.apart(name, rows, "batch"):
                     waiting += [executor.submit(alone, row) for row in rows]
                 else:
                     waiting.append(executor.submit(together, name, rows))
@@ -126,9 +126,7 @@ async def abatch(
 
         limit = configs[0].get("max_concurrency")
         tasks = [
-            [alone(row) for row in rows]
-            if work.handed(rows) or type(router.branches[name]).abatch is Runnable.abatch
-            else [together(name, rows)]
+            [alone(row) for row in rows] if work.apart(name, rows, "abatch") else [together(name, rows)]
             for name, rows in work.groups()
         ]
         if limit:  # the limit is on all branches together
@@ -211,9 +209,11 @@ class _Work:
                 found.setdefault(chosen.branch, []).append(row)
         return list(found.items())
 
-    def handed(self, rows: Sequence[int]) -> bool:
-        """Whether each input has a cache of its own to go on from."""
-        return any(self.of(row).handover is not None for row in rows)
+    def apart(self, name: str, rows: Sequence[int], method: Literal["batch", "abatch"]) -> bool:
+        """Whether a branch takes its inputs one by one: an input has a cache of its own to go on from, or the branch's
+        way with many is LangChain's default."""
+        handed = any(self.of(row).handover is not None for row in rows)
+        return handed or getattr(type(self.router.branches[name]), method) is getattr(Runnable, method)
 
     def outputs(self) -> list[Any]:
         """What the router gives."""

@@ -20,7 +20,7 @@ from kvroute.pooling import PoolingSpec
 from kvroute.serving.host_copies import HostCopies
 from kvroute.serving.messages import Array, Norms, StepRequest, StepResults, Sums
 from kvroute.serving.state_rows import StateRows
-from kvroute.serving.token_runs import Runs, runs_of, whole_runs
+from kvroute.serving.token_runs import Runs, runs_of, whole_runs, window_of
 from kvroute_kernels import (
     ChainTensors,
     KVView,
@@ -39,11 +39,6 @@ def feature_key(of: str, spec: PoolingSpec) -> str:
         f"{of}|{spec.layers}|{spec.part}|{spec.tokens in ('last', 'first') and spec.tokens}|"
         f"{spec.window}|{spec.weights}|{spec.sif_a if spec.weights == 'sif' else ''}|{spec.layer_reduce}|{spec.heads}"
     )
-
-
-def window_of(spec: PoolingSpec) -> int | None:
-    """Tokens of an answer that count, or None for all."""
-    return 1 if spec.tokens == "last" else spec.window
 
 
 def narrowed(spec: PoolingSpec, sums: Tensor | None) -> Tensor | None:

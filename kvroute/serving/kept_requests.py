@@ -12,8 +12,8 @@ from kvroute.features import FeaturePlan, Of
 from kvroute.heads.head import DifficultyHead
 from kvroute.pooling import PoolingSpec
 from kvroute.serving.deciding import Decided
-from kvroute.serving.feeding import window_of
 from kvroute.serving.messages import Array, StepRequest, StepResults
+from kvroute.serving.token_runs import window_of
 
 BlockIds = Sequence[Sequence[int]]
 """By KV cache group, a request's block ids."""

@@ -266,7 +266,7 @@ class SchedulerSide:
             due = found.rest is not None and not found.sent
             if due or (found.state.under_way and not over):
                 # The engine may send the box at any time from here on, so it is not touched again.
-                handed, found.box = found.box, {k: v for k, v in found.box.items() if k != PENDING}
+                handed, found.box = found.box, dict(found.box)
                 handed[PENDING] = True
             else:
                 self._fill(request)

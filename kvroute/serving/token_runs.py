@@ -13,6 +13,11 @@ from kvroute.serving.messages import Array, StepRequest
 Ints = np.ndarray[Any, np.dtype[np.int64]]
 
 
+def window_of(spec: PoolingSpec) -> int | None:
+    """Tokens of an answer that count, or None for all."""
+    return 1 if spec.tokens == "last" else spec.window
+
+
 class Runs(NamedTuple):
     """Tokens of one request each that follow each other and all count.
 
@@ -67,7 +72,7 @@ def runs_of(rows: Sequence[int], requests: Sequence[StepRequest], spec: PoolingS
 def _weights(spec: PoolingSpec, some: Sequence[StepRequest], row: Ints, position: Ints, low: Ints, high: Ints) -> Array:
     """``[T]`` float64, how much each token is added: negative where it leaves the window."""
     new = position >= low[row]
-    window = 1 if spec.tokens == "last" else spec.window
+    window = window_of(spec)
     begin = np.array([r.answer_start for r in some], dtype=np.int64)[row]
     if spec.tokens == "first":
         sign: Array = (new & (position == begin)).astype(np.float64)

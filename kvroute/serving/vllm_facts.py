@@ -14,11 +14,11 @@ from torch import Tensor
 
 from kvroute.errors import UnsupportedLayoutError
 from kvroute.serving.cpu_layout import CacheWriter
-from kvroute.serving.layouts import CacheFacts, LayerFacts
+from kvroute.serving.layouts import FULL, MLA, CacheFacts, LayerFacts
 
 _NO_KEYS = frozenset({"MambaSpec", "HiddenStateCacheSpec"})
 """Caches of something else than a layer's keys and values."""
-_HOLDING = frozenset({"FullAttentionSpec", "MLAAttentionSpec"})
+_HOLDING = frozenset({FULL, MLA})
 """Caches whose blocks hold all tokens of a request."""
 
 
