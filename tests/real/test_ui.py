@@ -229,21 +229,27 @@ def test_an_answer_streams_switches_and_is_coloured(page: Any) -> None:
 
 
 def test_it_streams_and_can_be_stopped(page: Any) -> None:
-    """At a temperature its thoughts wander on; what is there is kept when it is stopped."""
+    """What is there is kept when it is stopped. At a temperature its thoughts wander on, some for a few words only."""
     question = next(q for q in THINKER_QUESTIONS if "run" in q.question).question
     find(page, "#max-tokens").clear()
     find(page, "#max-tokens").send_keys(find(page, "#max-tokens").get_attribute("max"))
     find(page, "#temperature").clear()
     find(page, "#temperature").send_keys("2")
-    ask(page, question)
-    until(page, lambda: find(page, "#result").is_displayed() and len(written(page, 1)) > 10)
-    assert find(page, "#stop").is_displayed()
-    picture(page, "streaming")
-    key(page, Keys.ESCAPE)
-    done(page)
-    assert shown(page, "ask-state") == "Stopped."
+    for _ in range(20):
+        before = written(page, 1) if page.find_elements(By.CSS_SELECTOR, ".lane") else ""
+        ask(page, question)
+        until(page, lambda before=before: written(page, 1) not in ("", before))
+        key(page, Keys.ESCAPE)
+        done(page)
+        if shown(page, "ask-state") == "Stopped.":
+            break
+    else:
+        pytest.fail("no answer could be stopped")
     first = written(page, 1)
+    assert first
     ask(page, question)  # the server is free again
+    until(page, lambda: find(page, "#stop").is_displayed() or written(page, 1) not in ("", first))
+    picture(page, "streaming")
     until(page, lambda: written(page, 1) not in ("", first))
     key(page, Keys.ESCAPE)
     done(page)
