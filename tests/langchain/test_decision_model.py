@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import thinker
 from langchain_core.language_models import GenericFakeChatModel
+from langchain_core.load import dumps, loads
 from langchain_core.messages import AIMessage, HumanMessage, SystemMessage
 from pydantic import ValidationError
 from thinker import HEAD, MODEL, POLICY, Seen, chat, questions
@@ -179,6 +180,25 @@ def test_copies_pickles_and_fields() -> None:
     for fields in ({}, {"model": MODEL}, {"router": live.router, "policy": "slow"}, {"router": "x"}):
         with pytest.raises(ValidationError):
             KVRouteDecisionModel(**fields)
+
+
+@pytest.mark.filterwarnings("ignore:The function `loads` is in beta")
+def test_serialised_by_name_and_loaded() -> None:
+    named = KVRouteDecisionModel(
+        model=MODEL, policy=POLICY, labels={"small": "fast", "large": "slow"}, api_key="s3kr3t"
+    )
+    text = dumps(named)
+    assert "s3kr3t" not in text
+    allowed = {"valid_namespaces": ["langchain_kvroute"], "allowed_objects": [KVRouteDecisionModel]}
+    found = loads(text, secrets_map={"KVROUTE_API_KEY": "other"}, **allowed)
+    assert isinstance(found, KVRouteDecisionModel)
+    assert found.api_key is not None
+    assert found.api_key.get_secret_value() == "other"
+    assert (found.model, found.policy, found.labels) == (MODEL, POLICY, named.labels)
+    assert ask(found, QUESTIONS[0], size=SIZES) == ask(named, QUESTIONS[0], size=SIZES)
+    live = dumps(KVRouteDecisionModel(router=thinker.router()))
+    with pytest.raises(NotImplementedError):
+        loads(live, **allowed)
 
 
 @pytest.mark.filterwarnings("ignore:.*ModelRouterMiddleware.*beta")
