@@ -19,8 +19,9 @@ from kvroute_kernels.chain_step import (
 )
 from kvroute_kernels.difficulty_head import Difficulties, MLPHead, difficulty_head
 from kvroute_kernels.dispatch import Backend, KernelsUnavailableError, choose, explain, prepare
+from kvroute_kernels.errors import KVViewError, NonFiniteKVError, WindowError
 from kvroute_kernels.paged_pool import PooledSums, paged_pool
-from kvroute_kernels.view import KVGroup, KVView, KVViewError, LayerKV, NonFiniteKVError, PageTable, WindowError
+from kvroute_kernels.view import KVGroup, KVView, LayerKV, PageTable
 from kvroute_kernels.workspace import Workspace
 
 __all__ = [

@@ -17,9 +17,10 @@ import torch
 from torch import Tensor
 
 from kvroute_kernels.dispatch import Backend, run
+from kvroute_kernels.errors import KVViewError
 from kvroute_kernels.ordered_sum import ordered_sum
 from kvroute_kernels.paged_pool import paged_pool
-from kvroute_kernels.view import KVView, KVViewError
+from kvroute_kernels.view import KVView
 from kvroute_kernels.workspace import Workspace
 
 

@@ -9,7 +9,8 @@ import numpy as np
 from torch import Tensor
 
 from kvroute_kernels.chain_step import ChainTensors
-from kvroute_kernels.view import KVView, KVViewError, WindowError
+from kvroute_kernels.errors import KVViewError, WindowError
+from kvroute_kernels.view import KVView
 
 Ints = np.ndarray[Any, np.dtype[np.int64]]
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from kvroute_kernels.dispatch import Backend, run
-from kvroute_kernels.view import KVViewError
+from kvroute_kernels.errors import KVViewError
 
 SLOW, FAST, UNREAD = 1, 0, -1
 """Flags: above the threshold; not above it; the vector holds NaN or infinity, so there is no difficulty."""

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from kvroute_kernels.buffers import Buffers
 from kvroute_kernels.difficulty_head import Difficulties, MLPHead
-from kvroute_kernels.view import KVViewError
+from kvroute_kernels.errors import KVViewError
 
 BLOCK_H, BLOCK_K = 16, 256
 """Hidden units, and numbers of the vector, of a tile."""

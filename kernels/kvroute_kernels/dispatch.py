@@ -11,7 +11,7 @@ from typing import Literal, TypeVar, get_args
 
 import torch
 
-from kvroute_kernels.view import KVViewError
+from kvroute_kernels.errors import KVViewError
 
 Backend = Literal["auto", "torch", "native", "triton", "interpret"]
 """``triton`` needs a GPU; ``interpret`` runs the same kernels in Triton's interpreter, slowly, to show what they do.

@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 
 from kvroute_kernels.dispatch import Backend, run
+from kvroute_kernels.errors import KVViewError
 from kvroute_kernels.ordered_sum import ordered_sum
-from kvroute_kernels.view import KVGroup, KVView, KVViewError
+from kvroute_kernels.view import KVGroup, KVView
 from kvroute_kernels.workspace import Workspace
 
 

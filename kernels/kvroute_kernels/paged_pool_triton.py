@@ -32,10 +32,11 @@ from torch import Tensor
 
 from kvroute_kernels.buffers import Buffers
 from kvroute_kernels.checks import check_held, check_ranges
+from kvroute_kernels.errors import KVViewError
 from kvroute_kernels.paged_pool import PooledSums
 from kvroute_kernels.planes import KnownPlanes, Planes, planes_of
 from kvroute_kernels.reading_triton import TRITON_DTYPES, at_most, load_numbers, needs_e4m3_bits
-from kvroute_kernels.view import KVView, KVViewError
+from kvroute_kernels.view import KVView
 from kvroute_kernels.workspace import Workspace
 
 SPLIT = 256

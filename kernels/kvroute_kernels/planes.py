@@ -15,7 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kvroute_kernels.view import KVGroup, KVView, KVViewError
+from kvroute_kernels.errors import KVViewError
+from kvroute_kernels.view import KVGroup, KVView
 
 FIELDS = 16
 """Numbers a plane."""
