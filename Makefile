@@ -70,7 +70,7 @@ demo-vllm: $(VLLM)/.done  ## install vLLM, start a server with kvroute in it, ro
 test: test-unit test-lower test-real test-vllm  ## install what the tests need and run them all
 
 test-unit: $(VENV)/.test  ## the tests on tiny models: seconds, no network
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist worksteal --durations 12 -m "not real and not docs and not vllm"
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist worksteal --durations 12 -m "not real and not docs and not vllm and not long"
 
 test-lower: $(LOWER)/.done  ## the adapters' tests with the oldest LangChain and LlamaIndex that they are made for
 	@OMP_NUM_THREADS=1 $(LOWER)/bin/python -m pytest -q -n 2 -m "not real and not docs and not vllm" tests/langchain tests/llama_index
@@ -78,7 +78,7 @@ test-lower: $(LOWER)/.done  ## the adapters' tests with the oldest LangChain and
 test-real: $(VENV)/.test  ## the tests with the real SmolLM2, the README and the examples
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist worksteal --durations 25 -m "(real or docs) and not vllm and not long"
 
-test-long: $(VENV)/.test  ## the quick runs of benchmarks that take about a minute each, which CI leaves out
+test-long: $(VENV)/.test  ## what takes about half a minute or more and is covered otherwise, which CI leaves out
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist worksteal -m "long and not vllm"
 
 test-vllm: $(VLLM)/.done  ## the tests with a real vLLM engine, in an environment of its own (without the slow ones)

@@ -5,6 +5,7 @@ Those of the README's section "Inside vLLM" need a server: ``tests/serving/test_
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import subprocess
@@ -12,6 +13,8 @@ import sys
 from pathlib import Path
 
 import pytest
+
+from tests.warm_commands import warm_commands
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -54,12 +57,18 @@ def test_python_blocks(page: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("page", [p for p in PAGES if blocks(p, "bash")], ids=name)
 def test_shell_blocks(page: Path, tmp_path: Path) -> None:
     (tmp_path / "examples").symlink_to(ROOT / "examples")
-    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
-    for block in blocks(page, "bash"):
-        lines = [line for line in block.replace("\\\n", "").splitlines() if line.strip() and not line.startswith("#")]
+    lines = [
+        line
+        for block in blocks(page, "bash")
+        for line in block.replace("\\\n", "").splitlines()
+        if line.strip() and not line.startswith("#") and line.strip() not in RECURSIVE
+    ]
+    with contextlib.ExitStack() as stack:
+        if sum("kvroute " in line for line in lines) > 2:
+            stack.enter_context(warm_commands(tmp_path / "bin"))
+        places = (tmp_path / "bin", Path(sys.executable).parent, os.environ["PATH"])
+        environment = {**os.environ, "PATH": os.pathsep.join(map(str, places))}
         for line in lines:
-            if line.strip() in RECURSIVE:
-                continue
             in_checkout = line.startswith(("make ", "python benchmarks/"))
             ran = subprocess.run(
                 ["bash", "-c", line],

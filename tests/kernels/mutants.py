@@ -7,6 +7,7 @@ small as can be, so that all mutants take seconds; the tests beside this file co
 
 from __future__ import annotations
 
+import argparse
 import importlib.util
 import json
 import os
@@ -300,10 +301,20 @@ def start(name: str, mutant: Mutant | None, folder: Path, number: int) -> int:
     return child
 
 
+def mutants_of(module: str, half: int | None = None) -> tuple[Mutant, ...]:
+    """Those of a module, or every second one of them."""
+    found = tuple(m for m in MUTANTS if m.module == module)
+    return found if half is None else found[half::2]
+
+
 def main() -> int:
-    """0 if every mutant was caught, and nothing where none was planted."""
-    chosen = sys.argv[1:] or list(CASES)
-    jobs = [(name, mutant) for name in chosen for mutant in (None, *(m for m in MUTANTS if m.module == name))]
+    """0 if every mutant was caught, and nothing where none was planted. ``--half 0`` and ``--half 1`` take every second
+    one."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("modules", nargs="*", default=list(CASES), help="by default all")
+    parser.add_argument("--half", type=int, choices=(0, 1))
+    asked = parser.parse_args()
+    jobs = [(name, mutant) for name in asked.modules for mutant in (None, *mutants_of(name, asked.half))]
     running: dict[int, int] = {}
     caught: dict[int, str | None] = {}
     with tempfile.TemporaryDirectory() as place:

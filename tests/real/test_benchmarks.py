@@ -18,10 +18,11 @@ SCRIPTS = [p.name for p in scripts_in(ROOT / "benchmarks")]
 """Those on vLLM run where it is installed: ``tests/serving/test_load_and_faults.py``."""
 
 LONG = {
-    *("best_of_votes.py", "embedding_quality.py", "embedding_throughput.py", "route_overhead.py", "routing_curve.py"),
+    *("agent_self_check.py", "best_of_votes.py", "calibration_guarantee.py", "early_exit.py", "embedding_quality.py"),
+    *("embedding_throughput.py", "generate_overhead.py", "route_overhead.py", "routing_curve.py", "routing_quality.py"),
     *("score_quality.py", "switch_tokens.py"),
 }
-"""Near a minute each even so: ``make test-long`` runs them, CI does not."""
+"""Half a minute or more each even so: ``make test-long`` runs them, CI does not."""
 
 pytestmark = [pytest.mark.real, pytest.mark.slow]
 

@@ -113,6 +113,7 @@ def test_tool_calls(thinker: TransformersEngine) -> None:
     assert said >= 18
 
 
+@pytest.mark.long  # the README's four commands are run in CI
 def test_from_questions_to_a_router(tmp_path: Path, thinker: TransformersEngine) -> None:
     """The four commands, on questions made here."""
     from questions import make_questions
