@@ -1,9 +1,10 @@
 """What kvroute costs a vLLM server: with everything asked, with nothing asked, and without it.
 
-Two servers run side by side, one with kvroute and one without, each with all its threads on a core of its own, and take
-the same streamed requests at the same time: what disturbs one disturbs the other. After each run they change cores, and
-after some rounds both are started anew, in the other order, for two servers that are started alike differ too. Both
-have one thread: by default vLLM's CPU build reserves a core more where any connector is configured.
+Two servers stand side by side, one with kvroute and one without, and take the same streamed requests in turn. The
+worker of the one that runs has a core of its own, with one thread; the rest (its other processes, which wait busily,
+and the client) has the other core. After each turn the cores and the order change, and after some rounds both servers
+are started anew, in the other order, for two servers that are started alike differ too. By default vLLM's CPU build
+would reserve a core more where any connector is configured, so neither is left to it.
 ``throughput`` is tokens a second with every feature on (or with nothing asked) / without kvroute; ``throughput_asked``
 is with every feature / with nothing asked, of one server.
 
@@ -25,8 +26,7 @@ import contextlib
 import os
 import random
 import time
-import timeit
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -37,6 +37,7 @@ import numpy as np
 import _vllm
 from _harness import JUDGED_FROM, Figure, add_common_arguments, figure_table, finish, judge, summarise, table
 from _heads import costs_head
+from _hook_meter import Asked, hook_shares, made_of, shares_of
 from _load import Streamed, Times, cpu_seconds, metric, processes_below, stream_all
 from _texts import text_of
 from kvroute import Policy, TransformersEngine
@@ -64,23 +65,6 @@ PARTS: dict[str, dict[str, Any] | None] = {
 }
 REQUESTS = 8
 """At once, which is also the most that the server runs at once."""
-HOOKS = (
-    "handle_preemptions",
-    "finish_forward",
-    "wait_for_save",
-    "get_finished",
-    "build_connector_worker_meta",
-    "get_kv_connector_stats",
-    "start_load_kv",
-    "on_new_request",
-    "get_num_new_matched_tokens",
-    "update_state_after_alloc",
-    "build_connector_meta",
-    "update_connector_output",
-    "request_finished_all_groups",
-)
-"""Methods that vLLM calls. ``wait_for_layer_load`` and ``save_kv_layer`` are not among them: they do nothing, once a
-layer, and a clock around them would cost more than they do."""
 
 
 def make_settings(model: str, folder: Path, seed: int) -> dict[str, Any]:
@@ -140,12 +124,17 @@ class Server:
     url: str
     processes: list[int]
 
-    def bind(self, core: int) -> None:
-        """Keep all its threads on one core."""
+    def bind(self, worker: int, rest: int) -> None:
+        """Keep the process that runs the model on one core and all others on another."""
         for process in self.processes:
+            core = worker if _name(process).startswith("VLLM::Worker") else rest
             for task in Path(f"/proc/{process}/task").iterdir():
                 with contextlib.suppress(ProcessLookupError):
                     os.sched_setaffinity(int(task.name), {core})
+
+
+def _name(process: int) -> str:
+    return Path(f"/proc/{process}/comm").read_text().strip()
 
 
 @contextlib.contextmanager
@@ -168,8 +157,9 @@ def two_servers(
         yield found[False], found[True]
 
 
-SIDES = {"nothing asked": None, "every feature": EVERYTHING}
-ROUNDS = 2
+PLAIN = "without kvroute"
+SIDES = {PLAIN: None, "nothing asked": None, "every feature": EVERYTHING}
+ROUNDS = 3
 """Of one pair of servers, before another is started."""
 
 
@@ -181,65 +171,75 @@ def overhead(
 
     model = Path(model_folder(arguments.model))
     connector = {**CONNECTOR, "kv_connector_extra_config": settings}
-    times = {name: Times() for name in ("without kvroute", *SIDES)}
-    by_pair: dict[str, list[list[float]]] = {name: [] for name in (*SIDES, *(f"{name}, CPU" for name in SIDES))}
-    hooks: dict[str, list[float]] = {name: [] for name in SIDES}
-    rates: dict[str, list[float]] = {name: [] for name in times}
+    times = {name: Times() for name in SIDES}
+    spent: dict[str, list[list[float]]] = {name: [] for name in SIDES}
+    cpu: dict[str, list[list[float]]] = {name: [] for name in SIDES}
+    hooks: dict[str, list[float]] = {name: [] for name in SIDES if name != PLAIN}
     began = time.monotonic()
     cores = sorted(os.sched_getaffinity(0))[:2]
     pairs = 0
     while pairs < (1 if arguments.quick else 3) or time.monotonic() - began < arguments.seconds * (1 - 0.5 / pairs):
-        for found in by_pair.values():
-            found.append([])
         with two_servers(model, connector, folder, kvroute_first=pairs % 2 == 1) as (plain, ours):
 
-            def run(server: Server, name: str, ask: Mapping[str, Any] | None) -> tuple[float, float]:
-                cpu, start = cpu_seconds(server.processes), time.perf_counter()
-                check(stream_all(server.url, bodies(prompts, tokens, ask), times[name]), tokens, ask is not None)
+            def run(name: str, turn: int) -> tuple[float, float]:
+                """Seconds of a run, and of CPU."""
+                server = plain if name == PLAIN else ours
+                worker, rest = cores[turn], cores[turn - 1]
+                server.bind(worker, rest)
+                os.sched_setaffinity(0, {rest})  # of this thread and of those that it starts
+                used, start = cpu_seconds(server.processes), time.perf_counter()
+                found = stream_all(server.url, bodies(prompts, tokens, SIDES[name]), times[name])
                 wall = time.perf_counter() - start
-                return wall, cpu_seconds(server.processes) - cpu
+                check(found, tokens, SIDES[name] is not None)
+                return wall, cpu_seconds(server.processes) - used
 
-            def both(name: str, turn: int) -> tuple[tuple[float, float], tuple[float, float]]:
-                """Both servers at the same time, each on a core of its own."""
-                plain.bind(cores[turn])
-                ours.bind(cores[1 - turn])
-                with ThreadPoolExecutor(2) as threads:
-                    theirs = threads.submit(run, plain, "without kvroute", None)
-                    mine = threads.submit(run, ours, name, SIDES[name])
-                    return theirs.result(), mine.result()
+            def counted(name: str, turn: int) -> tuple[float, float]:
+                """The same, with the hooks' own time kept."""
+                if name == PLAIN:
+                    return run(name, turn)
+                before = metric(ours.url, "vllm:kvroute_hook_seconds_total")
+                found = run(name, turn)
+                hooks[name].append((metric(ours.url, "vllm:kvroute_hook_seconds_total") - before) / found[0])
+                return found
 
-            for name in SIDES:  # untimed
-                both(name, 0)
-            for found in times.values():
-                if pairs == 0:
-                    found.first.clear()
-                    found.between.clear()
-            for number in range(1 if arguments.quick else ROUNDS):
-                for name in list(SIDES)[:: 1 if number % 2 else -1]:
-                    before = metric(ours.url, "vllm:kvroute_hook_seconds_total")
-                    ran = [both(name, turn) for turn in (0, 1)]
-                    (theirs, their_cpu), (mine, my_cpu) = np.sum(ran, axis=0)
-                    by_pair[name][-1].append(theirs / mine)
-                    by_pair[f"{name}, CPU"][-1].append(their_cpu / my_cpu)
-                    spent = metric(ours.url, "vllm:kvroute_hook_seconds_total") - before
-                    hooks[name].append(spent / mine)
-                    rates["without kvroute"].append(2 * REQUESTS * tokens / theirs)
-                    rates[name].append(2 * REQUESTS * tokens / mine)
+            with ThreadPoolExecutor(1) as thread:
+                for name in SIDES:  # untimed
+                    thread.submit(run, name, 0).result()
+                for found in times.values():
+                    if pairs == 0:
+                        found.first.clear()
+                        found.between.clear()
+                for found_by_pair in (spent, cpu):
+                    for rounds in found_by_pair.values():
+                        rounds.append([])
+                for number in range(1 if arguments.quick else ROUNDS):
+                    both: dict[str, list[tuple[float, float]]] = {name: [] for name in SIDES}
+                    for turn in (0, 1):
+                        for name in list(SIDES)[:: 1 if (number + turn) % 2 else -1]:
+                            both[name].append(thread.submit(counted, name, turn).result())
+                    for name, found_both in both.items():
+                        wall, used = np.sum(found_both, axis=0)
+                        spent[name][-1].append(float(wall))
+                        cpu[name][-1].append(float(used))
         pairs += 1
     figures: dict[str, Figure] = {}
-    for name in SIDES:
+    for name in hooks:
         key = name.replace(" ", "_")
         must = ">= 0.98" if name == "every feature" else None
-        cpu = [x for pair in by_pair[f"{name}, CPU"] for x in pair]
-        figures[f"throughput_{key}"] = over_pairs(by_pair[name], must, arguments.seed, cpu)
-    asked = [
-        [a / b for a, b in zip(*rows, strict=True)]
-        for rows in zip(by_pair["every feature"], by_pair["nothing asked"], strict=True)
-    ]
+        used = [x for pair in ratios(cpu, PLAIN, name) for x in pair]
+        figures[f"throughput_{key}"] = over_pairs(ratios(spent, PLAIN, name), must, arguments.seed, used)
+    asked = ratios(spent, "nothing asked", "every feature")
     figures["throughput_asked"] = over_pairs(asked, None, arguments.seed, ())
-    for name, found in hooks.items():
-        figures[f"hooks_wall_{name.replace(' ', '_')}"] = summarise(found, None, seed=arguments.seed)
-    return figures, _times_table(times, {name: float(np.median(found)) for name, found in rates.items()})
+    for name, shares in hooks.items():
+        figures[f"hooks_wall_{name.replace(' ', '_')}"] = summarise(shares, None, seed=arguments.seed)
+    written = 2 * REQUESTS * tokens
+    rates = {name: written / float(np.median(np.concatenate(found))) for name, found in spent.items()}
+    return figures, _times_table(times, rates)
+
+
+def ratios(found: Mapping[str, Sequence[Sequence[float]]], one: str, other: str) -> list[list[float]]:
+    """What one took / what the other took, by pair of servers and round."""
+    return [[a / b for a, b in zip(x, y, strict=True)] for x, y in zip(found[one], found[other], strict=True)]
 
 
 def over_pairs(by_pair: Sequence[Sequence[float]], must: str | None, seed: int, cpu: Sequence[float]) -> Figure:
@@ -263,106 +263,6 @@ def _times_table(times: Mapping[str, Times], rates: Mapping[str, float]) -> str:
         rows.append((name, f"{rates[name]:.1f}", *cells, len(found.first)))
     header = ("server", "tokens/s", "first p50 ms", "first p99", "between p50 ms", "between p99", "requests")
     return table(header, rows)
-
-
-# ---------------------------------------------------------------------- hooks, in one process
-
-
-class Meter:
-    """Counts calls, wall-clock and CPU seconds by name; of calls within calls the outer one."""
-
-    def __init__(self) -> None:
-        self.spent: dict[str, list[float]] = {}
-        self._inside = False
-
-    def wrap(self, name: str, function: Callable[..., Any], *, nested: bool = True) -> Callable[..., Any]:
-        """The function, counted; one that is not ``nested`` may hold others."""
-
-        def metered(*args: Any, **kwargs: Any) -> Any:
-            if self._inside:
-                return function(*args, **kwargs)
-            self._inside = nested
-            wall, cpu = time.perf_counter(), time.thread_time()
-            try:
-                return function(*args, **kwargs)
-            finally:
-                found = self.spent.setdefault(name, [0.0, 0.0, 0.0])
-                found[0] += 1
-                found[1] += time.perf_counter() - wall
-                found[2] += time.thread_time() - cpu
-                self._inside = False
-
-        return metered
-
-
-def hook_shares(
-    model: str, settings: dict[str, Any], prompts: list[list[int]], tokens: int, seconds: float, quick: bool
-) -> dict[str, list[dict[str, list[float]]]]:
-    """By what is asked, the meter of each run; in a process of its own."""
-    from kvroute.serving.connector import KVRouteConnector
-    from kvroute.serving.logits_processor import ForcedTokens
-
-    meter = Meter()
-    for hook in HOOKS:
-        setattr(KVRouteConnector, hook, meter.wrap(hook, getattr(KVRouteConnector, hook)))
-    for hook in ("update_state", "apply"):
-        setattr(ForcedTokens, hook, meter.wrap(f"logits processor: {hook}", getattr(ForcedTokens, hook)))
-    engine = _vllm.start_engine(model, kvroute=settings, max_num_seqs=REQUESTS, disable_log_stats=False)
-    core = engine.llm_engine.engine_core.engine_core
-    core.step_fn = meter.wrap("step", core.step_fn, nested=False)
-    layers = engine.llm_engine.model_config.get_num_layers(engine.llm_engine.vllm_config.parallel_config)
-    per_step = layers * _seconds_of_empty(core.scheduler.connector)
-
-    def run(ask: Mapping[str, Any] | None) -> dict[str, list[float]]:
-        meter.spent.clear()
-        params = _vllm.sampling(ask, max_tokens=tokens, ignore_eos=True)
-        for output in engine.generate([{"prompt_token_ids": p} for p in prompts], params, use_tqdm=False):
-            result = (output.kv_transfer_params or {}).get("kvroute")
-            if ask is not None and (result is None or result["error"] or result["faults"]):
-                raise AssertionError(f"An answer's result is not whole: {result}")
-        steps = meter.spent["step"][0]
-        meter.spent["empty, once a layer"] = [steps, steps * per_step, steps * per_step]
-        return {name: list(found) for name, found in meter.spent.items()}
-
-    found: dict[str, list[dict[str, list[float]]]] = {name: [] for name in PARTS}
-    for ask in (None, EVERYTHING):
-        run(ask)
-    began = time.monotonic()
-    for name, ask in PARTS.items():
-        if not quick and name not in ("nothing", "everything"):
-            found[name].append(run(ask))
-    while len(found["everything"]) < 2 or (time.monotonic() - began < seconds and len(found["everything"]) < 12):
-        for name in ("nothing", "everything", "everything", "nothing"):
-            found[name].append(run(PARTS[name]))
-    return found
-
-
-def _seconds_of_empty(connector: Any) -> float:
-    """Of one call each of the methods that do nothing."""
-    waits = timeit.timeit(lambda: connector.wait_for_layer_load(""), number=10_000)
-    return (waits + timeit.timeit(lambda: connector.save_kv_layer("", None, None), number=10_000)) / 10_000
-
-
-def shares_of(runs: Sequence[Mapping[str, list[float]]], place: int) -> list[float]:
-    """By run, seconds in hooks / seconds of steps; by the clock (1) or by CPU time (2)."""
-    return [sum(x[place] for name, x in run.items() if name != "step") / run["step"][place] for run in runs]
-
-
-def made_of(found: Mapping[str, Sequence[Mapping[str, list[float]]]]) -> str:
-    """CPU microseconds a step, by hook and by what is asked."""
-    asked = [name for name, runs in found.items() if runs]
-    hooks = sorted({hook for runs in found.values() for run in runs for hook in run if hook != "step"})
-    per_step = {
-        name: {h: np.mean([run.get(h, [0, 0, 0])[2] / run["step"][0] for run in found[name]]) * 1e6 for h in hooks}
-        for name in asked
-    }
-    hooks = [h for h in hooks if max(per_step[name][h] for name in asked) >= 1]
-    hooks.sort(key=lambda h: -per_step["everything"][h])
-    rows: list[list[object]] = [[h, *(f"{per_step[name][h]:.0f}" for name in asked)] for h in hooks]
-    rows.append(["all hooks", *(f"{sum(per_step[name].values()):.0f}" for name in asked)])
-    steps = [np.mean([run["step"][2] / run["step"][0] for run in found[name]]) * 1e6 for name in asked]
-    rows.append(["step", *(f"{step:.0f}" for step in steps)])
-    return table(("CPU µs a step", *asked), rows)
 
 
 # ----------------------------------------------------------------------
@@ -397,9 +297,9 @@ def main() -> None:
         prompts = tokenized(arguments.model, texts)
         if arguments.only != "server":
             log = None if arguments.logs is None else folder / "hooks.log"
-            seconds = arguments.seconds / 3
+            options = Asked(PARTS, REQUESTS, tokens, arguments.seconds / 3, arguments.quick)
             model = model_folder(arguments.model)
-            found = _vllm.apart(hook_shares, model, settings, prompts, tokens, seconds, arguments.quick, log=log)
+            found = _vllm.apart(hook_shares, model, settings, prompts, options, log=log)
             for name, bound in (("everything", "<= 0.02"), ("nothing", "<= 0.002")):
                 label = "every_feature" if name == "everything" else "nothing_asked"
                 figures[f"hooks_{label}"] = summarise(shares_of(found[name], 2), bound, seed=arguments.seed)
