@@ -1,6 +1,7 @@
 """Runs every block of README and docs: Python blocks in one namespace a page, shell blocks line by line.
 
-Those of the README's section "Inside vLLM" need a server: ``tests/serving/test_readme.py`` runs them.
+Those of the README's section "Inside vLLM", and all that name a server's address, need one:
+``tests/serving/test_readme.py`` runs them.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ BLOCK = re.compile(r"^```(?P<kind>python|bash|json|text)\n(?P<body>.*?)^```$", r
 FENCE = re.compile(r"^```(?P<kind>[^\n]*)\n", re.MULTILINE)
 # `make test` runs this very file, so a block that calls it is not run again from within.
 RECURSIVE = {"make test"}
+ADDRESS = "http://127.0.0.1:8000"
 SERVED = re.compile(r"^## Inside vLLM\n.*?(?=^## |\Z)", re.MULTILINE | re.DOTALL)
 
 
@@ -30,9 +32,13 @@ def name(page: Path) -> str:
 
 
 def blocks(page: Path, kind: str, *, served: bool = False) -> list[str]:
+    """Blocks that need no server, or those that need one."""
     text = page.read_text()
-    text = "".join(SERVED.findall(text)) if served else SERVED.sub("", text)
-    return [m["body"] for m in BLOCK.finditer(text) if m["kind"] == kind]
+    section = {
+        m.start("body") for part in SERVED.finditer(text) for m in BLOCK.finditer(text, part.start(), part.end())
+    }
+    found = [m for m in BLOCK.finditer(text) if m["kind"] == kind]
+    return [m["body"] for m in found if (m.start("body") in section or ADDRESS in m["body"]) == served]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name)

@@ -19,8 +19,8 @@ from langchain_core.tools import tool
 from langchain_openai import ChatOpenAI
 from langchain_tests.integration_tests import ChatModelIntegrationTests
 
-from kvroute import ServerUnreachableError, TransformersEngine, VLLMClient
-from langchain_kvroute import ChatKVRoute, ChatOpenAIKVRoute, kvroute_ask, kvroute_metadata
+from kvroute import Router, ServerUnreachableError, TransformersEngine, VLLMClient
+from langchain_kvroute import ChatKVRoute, ChatOpenAIKVRoute, KVRouteRouter, kvroute_ask, kvroute_metadata
 from tests.serving.http_server import Running, free_port, running
 from tests.serving.processes import ROOT
 from tests.unit.test_router import constant
@@ -148,6 +148,30 @@ def test_a_head_of_the_servers_tells_a_confidence(client, engine, fields: dict[s
         assert about["confidence"] == pytest.approx(wanted, abs=1e-4)
         assert about["confidence_reason"] is None
         assert about["scores"]["length"]["value"] == message.usage_metadata["output_tokens"]
+
+
+@pytest.mark.parametrize("how", ["invoke", "ainvoke", "batch", "abatch"])
+async def test_a_router_of_chains_decides_on_the_server(client, engine, how: str) -> None:
+    """The server's policy decides, as the same policy does on transformers; a branch on the same engine tells the
+    decision."""
+    branches = {mode: ChatKVRoute(engine=client, max_tokens=8).with_config(tags=[mode]) for mode in ("fast", "slow")}
+    routed = KVRouteRouter(router=Router(client, "policy"), include_decision=True, **branches)
+    few = QUESTIONS[:4]
+    if how in ("invoke", "batch"):
+        found = routed.batch(few) if how == "batch" else [routed.invoke(q) for q in few]
+    else:
+        found = await routed.abatch(few) if how == "abatch" else [await routed.ainvoke(q) for q in few]
+    chats = [[{"role": "user", "content": q}] for q in few]
+    expected = Router(engine, THINKER / "policy.json").decide_many(chats)
+    for one, here in zip(found, expected, strict=True):
+        told = one["kvroute"]
+        assert told["faults"] == []
+        assert told["mode"] == here.mode
+        assert told["difficulty"] == pytest.approx(here.difficulty, abs=0.5)
+        about = kvroute_metadata(one["output"])
+        assert about is not None
+        assert about["faults"] == []
+        assert about["mode"] == here.mode
 
 
 async def test_a_named_model(server: Running) -> None:

@@ -1,4 +1,5 @@
-"""The README's section "Inside vLLM", the demo and the stock client's example, against the server that it starts."""
+"""The README's section "Inside vLLM", blocks of other pages that name a server, the demo and the stock client's
+example, against the server that the README starts."""
 
 from __future__ import annotations
 
@@ -13,7 +14,7 @@ import pytest
 
 from tests.serving.http_server import free_port
 from tests.serving.processes import ROOT, environment
-from tests.test_docs import blocks
+from tests.test_docs import ADDRESS, PAGES, blocks, name
 
 sys.path.insert(0, str(ROOT / "examples"))
 
@@ -21,8 +22,6 @@ import vllm_demo
 
 pytestmark = pytest.mark.vllm
 README = ROOT / "README.md"
-PORT = "8000"
-"""That the README has."""
 
 
 def run(arguments: list[str], folder: Path) -> str:
@@ -63,11 +62,18 @@ def test_blocks_with_the_server(url, folder):
     found = [b for b in blocks(README, "python", served=True) if "VLLMEngine" not in b]
     assert len(found) == 2
     text = "\n".join(found)
-    assert f"http://127.0.0.1:{PORT}" in text
-    (folder / "page.py").write_text(text.replace(f"http://127.0.0.1:{PORT}", url))
+    assert ADDRESS in text
+    (folder / "page.py").write_text(text.replace(ADDRESS, url))
     printed = run(["page.py"], folder).splitlines()
     assert any(re.match(r"\{'value': -?\d.* 'reason': None\} \{'prompt': \d+, 'answer': \d+", line) for line in printed)
     assert printed[-1].startswith("(1, ")
+
+
+@pytest.mark.parametrize("page", [p for p in PAGES if p != README and blocks(p, "python", served=True)], ids=name)
+def test_blocks_of_other_pages(page, url, folder):
+    script = folder / f"{page.stem}.py"
+    script.write_text("\n\n".join(blocks(page, "python", served=True)).replace(ADDRESS, url))
+    assert run([script.name], folder).strip()
 
 
 def test_the_demo(url, folder):
