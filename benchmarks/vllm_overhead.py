@@ -5,8 +5,9 @@ worker of the one that runs has a core of its own, with one thread; the rest (it
 and the client) has the other core. After each turn the cores and the order change, and after some rounds both servers
 are started anew, in the other order, for two servers that are started alike differ too. By default vLLM's CPU build
 would reserve a core more where any connector is configured, so neither is left to it.
-``throughput`` is tokens a second with every feature on (or with nothing asked) / without kvroute; ``throughput_asked``
-is with every feature / with nothing asked, of one server.
+``throughput`` is tokens a second with every feature on (or with nothing asked) / without kvroute (by CPU time: of the
+worker alone); ``throughput_asked`` is with every feature / with nothing asked, of one server. The second table says
+what each process took; the engine's core waits busily, so most of its time is none of its work.
 
 ``hooks`` are CPU seconds in our hooks / CPU seconds of the engine's steps, in an engine in one process with one thread,
 which is what vLLM gives a server on 2 cores; ``hooks_wall`` the same of the server by its own metric and the clock.
@@ -112,6 +113,11 @@ def check(found: Sequence[Streamed], tokens: int, asked: bool) -> None:
             raise AssertionError(f"Something asked for is missing: {sorted(result['features'])}")
 
 
+Floats = np.ndarray[Any, np.dtype[np.float64]]
+ROLES = ("worker", "engine core", "API server")
+"""Of a server's processes."""
+
+
 @dataclass
 class Server:
     """One of the two that run side by side.
@@ -127,14 +133,22 @@ class Server:
     def bind(self, worker: int, rest: int) -> None:
         """Keep the process that runs the model on one core and all others on another."""
         for process in self.processes:
-            core = worker if _name(process).startswith("VLLM::Worker") else rest
+            core = worker if _role(process) == "worker" else rest
             for task in Path(f"/proc/{process}/task").iterdir():
                 with contextlib.suppress(ProcessLookupError):
                     os.sched_setaffinity(int(task.name), {core})
 
+    def cpu(self) -> Floats:
+        """CPU seconds so far, in the order of ROLES."""
+        found = dict.fromkeys(ROLES, 0.0)
+        for process in self.processes:
+            found[_role(process)] += cpu_seconds([process])
+        return np.array(list(found.values()))
 
-def _name(process: int) -> str:
-    return Path(f"/proc/{process}/comm").read_text().strip()
+
+def _role(process: int) -> str:
+    name = Path(f"/proc/{process}/comm").read_text()
+    return "worker" if name.startswith("VLLM::Worker") else "engine core" if name.startswith("VLLM::") else "API server"
 
 
 @contextlib.contextmanager
@@ -174,6 +188,7 @@ def overhead(
     times = {name: Times() for name in SIDES}
     spent: dict[str, list[list[float]]] = {name: [] for name in SIDES}
     cpu: dict[str, list[list[float]]] = {name: [] for name in SIDES}
+    by_role: dict[str, list[Floats]] = {name: [] for name in SIDES}
     hooks: dict[str, list[float]] = {name: [] for name in SIDES if name != PLAIN}
     began = time.monotonic()
     cores = sorted(os.sched_getaffinity(0))[:2]
@@ -181,19 +196,19 @@ def overhead(
     while pairs < (1 if arguments.quick else 3) or time.monotonic() - began < arguments.seconds * (1 - 0.5 / pairs):
         with two_servers(model, connector, folder, kvroute_first=pairs % 2 == 1) as (plain, ours):
 
-            def run(name: str, turn: int) -> tuple[float, float]:
-                """Seconds of a run, and of CPU."""
+            def run(name: str, turn: int) -> tuple[float, Floats]:
+                """Seconds of a run, and CPU seconds by role."""
                 server = plain if name == PLAIN else ours
                 worker, rest = cores[turn], cores[turn - 1]
                 server.bind(worker, rest)
                 os.sched_setaffinity(0, {rest})  # of this thread and of those that it starts
-                used, start = cpu_seconds(server.processes), time.perf_counter()
+                used, start = server.cpu(), time.perf_counter()
                 found = stream_all(server.url, bodies(prompts, tokens, SIDES[name]), times[name])
                 wall = time.perf_counter() - start
                 check(found, tokens, SIDES[name] is not None)
-                return wall, cpu_seconds(server.processes) - used
+                return wall, server.cpu() - used
 
-            def counted(name: str, turn: int) -> tuple[float, float]:
+            def counted(name: str, turn: int) -> tuple[float, Floats]:
                 """The same, with the hooks' own time kept."""
                 if name == PLAIN:
                     return run(name, turn)
@@ -213,14 +228,14 @@ def overhead(
                     for rounds in found_by_pair.values():
                         rounds.append([])
                 for number in range(1 if arguments.quick else ROUNDS):
-                    both: dict[str, list[tuple[float, float]]] = {name: [] for name in SIDES}
+                    both: dict[str, list[tuple[float, Floats]]] = {name: [] for name in SIDES}
                     for turn in (0, 1):
                         for name in list(SIDES)[:: 1 if (number + turn) % 2 else -1]:
                             both[name].append(thread.submit(counted, name, turn).result())
                     for name, found_both in both.items():
-                        wall, used = np.sum(found_both, axis=0)
-                        spent[name][-1].append(float(wall))
-                        cpu[name][-1].append(float(used))
+                        spent[name][-1].append(sum(wall for wall, _ in found_both))
+                        by_role[name] += [used for _, used in found_both]
+                        cpu[name][-1].append(float(sum(used[0] for _, used in found_both)))
         pairs += 1
     figures: dict[str, Figure] = {}
     for name in hooks:
@@ -234,7 +249,15 @@ def overhead(
         figures[f"hooks_wall_{name.replace(' ', '_')}"] = summarise(shares, None, seed=arguments.seed)
     written = 2 * REQUESTS * tokens
     rates = {name: written / float(np.median(np.concatenate(found))) for name, found in spent.items()}
-    return figures, _times_table(times, rates)
+    return figures, _times_table(times, rates) + "\n\n" + _cpu_table(by_role)
+
+
+def _cpu_table(by_role: Mapping[str, Sequence[Floats]]) -> str:
+    rows = []
+    for name, found in by_role.items():
+        median = np.median(found, axis=0)
+        rows.append((name, *(f"{x:.2f}" for x in median)))
+    return table(("CPU seconds a run", *ROLES), rows)
 
 
 def ratios(found: Mapping[str, Sequence[Sequence[float]]], one: str, other: str) -> list[list[float]]:
