@@ -1,8 +1,9 @@
-"""The LangChain adapters' own time: what KVRouteRouter and ChatKVRoute add to an engine that answers at once.
+"""The adapters' own time: what they add to an engine, a router or an embedder that answers at once.
 
 One call at a time: percentiles of whole calls. The router renders the prompt by a template, decides and calls a branch
-that does nothing; the chat model's engine gives a kept answer. ``bare`` is a prompt template alone: its p99 is what the
-machine itself does to a call. In parallel: 64 calls through KVRouteRouter and through
+that does nothing; the chat model's engine gives a kept answer (``watched``: with a callback that collects confidences);
+the embeddings' embedder gives a kept vector (``index``: LlamaIndex's). ``bare`` is a prompt template alone: its p99 is
+what the machine itself does to a call. In parallel: 64 calls through KVRouteRouter and through
 RunnableBranch, with the same branches and the same decision: the ratio of calls a second. ``batch`` and ``abatch`` are
 those of the runnables; ``threads`` are 64 threads that invoke, ``tasks`` 64 tasks of one event loop.
 """
@@ -23,8 +24,9 @@ from langchain_core.prompts import ChatPromptTemplate
 from langchain_core.runnables import Runnable, RunnableBranch, RunnableConfig
 
 from _harness import Figure, Ratio, figure_table, finish, judge, measure, parse_arguments
-from kvroute import Decision, Policy, Prefilled, TransformersEngine, Usage
-from langchain_kvroute import ChatKVRoute, KVRouteRouter
+from kvroute import Decision, KVEmbedder, Policy, Prefilled, TransformersEngine, Usage
+from langchain_kvroute import ChatKVRoute, KVRouteEmbeddings, KVRouteRouter, SelfEvaluationCallbackHandler
+from llama_index.embeddings.kvroute import KVRouteEmbedding
 
 THINKER = Path(__file__).parents[1] / "examples" / "tiny_thinker" / "model"
 PARALLEL = 64
@@ -72,6 +74,17 @@ class NullEngine:
 
     async def agenerate(self, prompts: Sequence[Any], **_: Any) -> Any:
         return [self._kept] * len(prompts)
+
+
+class NullEmbedder(KVEmbedder):
+    """An embedder in all but its vectors, which are one that was made before."""
+
+    def __init__(self, engine: TransformersEngine) -> None:
+        super().__init__(engine)
+        self._kept = super().encode(["top 11,42"])
+
+    def encode(self, texts: Any, **_: Any) -> Any:
+        return np.repeat(self._kept, len(texts), axis=0)
 
 
 def percentiles(name: str, taken: Sequence[float], seed: int) -> dict[str, Figure]:
@@ -123,14 +136,25 @@ def main() -> None:
     assert router.batch(inputs) == plain.batch(inputs), "both sides must do the same"
 
     figures: dict[str, Figure] = {}
-    chat = ChatKVRoute(engine=NullEngine(TransformersEngine.from_pretrained(THINKER)))
+    engine = TransformersEngine.from_pretrained(THINKER)
+    chat = ChatKVRoute(engine=NullEngine(engine))
+    watched = chat.with_config(callbacks=[SelfEvaluationCallbackHandler(max_records=100)])
+    vectors = KVRouteEmbeddings(embedder=NullEmbedder(engine))
+    index = KVRouteEmbedding(embedder=NullEmbedder(engine))
     one = inputs[0]
     alone: KVRouteRouter[Any, Any] = KVRouteRouter(router=decides, fast=Echo(), slow=branch)  # an even length is fast
-    for name, runnable, given in (("bare", ask, one), ("router", alone, one), ("chat", chat, "top 11,42")):
+    calls: dict[str, tuple[Callable[[], Any], Callable[[], Any]]] = {
+        "bare": (lambda: ask.invoke(one), lambda: ask.ainvoke(one)),
+        "router": (lambda: alone.invoke(one), lambda: alone.ainvoke(one)),
+        "chat": (lambda: chat.invoke("top 11,42"), lambda: chat.ainvoke("top 11,42")),
+        "watched": (lambda: watched.invoke("top 11,42"), lambda: watched.ainvoke("top 11,42")),
+        "embeddings": (lambda: vectors.embed_query("top 11,42"), lambda: vectors.aembed_query("top 11,42")),
+        "index": (lambda: index.get_query_embedding("top 11,42"), lambda: index.aget_query_embedding("top 11,42")),
+    }
+    for name, (call, acall) in calls.items():
         gc.collect()
-        figures |= percentiles(f"{name}_sync", timed(lambda r=runnable, g=given: r.invoke(g), count), arguments.seed)  # type: ignore[misc]
-        waited = asyncio.run(atimed(lambda r=runnable, g=given: r.ainvoke(g), count))  # type: ignore[misc]
-        figures |= percentiles(f"{name}_async", waited, arguments.seed)
+        figures |= percentiles(f"{name}_sync", timed(call, count), arguments.seed)
+        figures |= percentiles(f"{name}_async", asyncio.run(atimed(acall, count)), arguments.seed)
 
     pool = ThreadPoolExecutor(PARALLEL)
     loop = asyncio.new_event_loop()
