@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from langchain_core.messages import AIMessage, BaseMessage
 from langchain_core.outputs import ChatGenerationChunk, ChatResult
+from pydantic import ConfigDict
 
 from kvroute import MissingExtraError, server_ask
 from langchain_kvroute.metadata import KEY, of_served
@@ -27,6 +28,8 @@ class ChatOpenAIKVRoute(ChatOpenAI):
     and where the server has a reasoning parser ``additional_kwargs["reasoning_content"]`` is the thought.
     ``extra_body=kvroute_ask(policy=...)`` says what to ask of kvroute: see :func:`kvroute_ask`.
     """
+
+    model_config = ConfigDict(hide_input_in_errors=True)  # a key may be in it
 
     @property
     def _llm_type(self) -> str:

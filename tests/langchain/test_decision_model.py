@@ -182,6 +182,17 @@ def test_copies_pickles_and_fields() -> None:
             KVRouteDecisionModel(**fields)
 
 
+@pytest.mark.parametrize(
+    "fields",
+    [{"policy": None, "api_key": "s3kr3t"}, {"api_key": ["s3kr3t"]}],
+    ids=["no policy", "no key"],
+)
+def test_a_key_is_in_no_error(fields: dict[str, Any]) -> None:
+    with pytest.raises(ValidationError) as refused:
+        KVRouteDecisionModel(**{"model": MODEL, "policy": POLICY, **fields})
+    assert "s3kr3t" not in str(refused.value) + repr(refused.value)
+
+
 @pytest.mark.filterwarnings("ignore:The function `loads` is in beta")
 def test_serialised_by_name_and_loaded() -> None:
     named = KVRouteDecisionModel(

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from langchain_core.messages import AIMessageChunk, HumanMessage
 from langchain_openai import ChatOpenAI
+from pydantic import ValidationError
 
 from kvroute import AnswerPooling, InvalidInputError, PoolingSpec, SpecError
 from langchain_kvroute import ChatOpenAIKVRoute, kvroute_ask, kvroute_metadata
@@ -182,6 +183,11 @@ def test_its_key_is_shown_nowhere(chat: ChatOpenAIKVRoute) -> None:
     from langchain_core.load import dumps
 
     assert "sesame" not in repr(chat) + dumps(chat)
+    wrong: list[dict[str, Any]] = [{"n": 0}, {"n": 2, "streaming": True}, {"api_key": ["sesame"]}]
+    for fields in wrong:
+        with pytest.raises(ValidationError) as refused:
+            ChatOpenAIKVRoute(**{"model": "m", "api_key": "sesame", **fields})
+        assert "sesame" not in str(refused.value) + repr(refused.value)
 
 
 def test_without_the_package_the_pip_line_is_said() -> None:
