@@ -9,8 +9,7 @@ from typing import Any, Literal, Self
 from langchain_core.utils import secret_from_env
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, field_validator
 
-from kvroute import EngineName, InvalidInputError, Policy, Router
-from kvroute.engines.handle import KEY_VARIABLE
+from kvroute import KEY_VARIABLE, EngineName, InvalidInputError, Policy, Router
 from langchain_kvroute.router_handle import RouterHandle, RouterName
 
 
