@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import subprocess
 import sys
 import threading
@@ -10,6 +11,7 @@ from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
+import openai
 import pytest
 from langchain_core.messages import AIMessageChunk, HumanMessage
 from langchain_openai import ChatOpenAI
@@ -40,6 +42,9 @@ class _Handler(BaseHTTPRequestHandler):
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         self.server.bodies.append(body)  # type: ignore[attr-defined]
+        if self.server.refuses:  # type: ignore[attr-defined]
+            self._send(500, {"error": {"message": f"can't read {body['messages'][-1]['content']}", "code": 500}})
+            return
         asked = (body.get("kv_transfer_params") or {}).get("kvroute")
         told: Any = {"kv_transfer_params": {"kvroute": TOLD}} if asked else {"kv_transfer_params": None}
         if body.get("n", 1) > 1:
@@ -49,13 +54,14 @@ class _Handler(BaseHTTPRequestHandler):
             return
         message = {"role": "assistant", "content": "it gives 4.", "reasoning_content": "2+2", "tool_calls": []}
         choices = [{"index": i, "message": message, "finish_reason": "stop"} for i in range(body.get("n", 1))]
-        data = json.dumps({**HEAD, "object": "chat.completion", "choices": choices, "usage": USAGE, **told}).encode()
-        self.send_response(200)
-        self.send_header("Content-Type", "application/json")
-        self.send_header("Content-Length", str(len(data)))
-        if asked:
-            self.send_header("x-kvroute-difficulty", "50.5")
-            self.send_header("x-kvroute-mode", "fast")
+        headers = {"x-kvroute-difficulty": "50.5", "x-kvroute-mode": "fast"} if asked else {}
+        self._send(200, {**HEAD, "object": "chat.completion", "choices": choices, "usage": USAGE, **told}, headers)
+
+    def _send(self, status: int, body: dict[str, Any], headers: dict[str, str] | None = None) -> None:
+        data = json.dumps(body).encode()
+        self.send_response(status)
+        for name, value in {"Content-Type": "application/json", "Content-Length": len(data), **(headers or {})}.items():
+            self.send_header(name, str(value))
         self.end_headers()
         self.wfile.write(data)
 
@@ -84,7 +90,7 @@ class _Handler(BaseHTTPRequestHandler):
 def server() -> Iterator[ThreadingHTTPServer]:
     it = ThreadingHTTPServer(("127.0.0.1", 0), _Handler)
     it.daemon_threads = True
-    it.bodies = []  # type: ignore[attr-defined]
+    it.bodies, it.refuses = [], False  # type: ignore[attr-defined]
     thread = threading.Thread(target=it.serve_forever, args=(0.01,), daemon=True)
     thread.start()
     yield it
@@ -188,6 +194,26 @@ def test_its_key_is_shown_nowhere(chat: ChatOpenAIKVRoute) -> None:
         with pytest.raises(ValidationError) as refused:
             ChatOpenAIKVRoute(**{"model": "m", "api_key": "sesame", **fields})
         assert "sesame" not in str(refused.value) + repr(refused.value)
+
+
+async def test_nothing_of_a_prompt_is_logged(
+    server: ThreadingHTTPServer, chat: ChatOpenAIKVRoute, caplog: pytest.LogCaptureFixture
+) -> None:
+    """By kvroute; what langchain-openai's own client logs for who debugs it is its own."""
+    for logger in ("kvroute", "langchain_kvroute"):
+        caplog.set_level(logging.DEBUG, logger=logger)
+    text = "the word is xyzzy"
+    assert chat.invoke(text).content
+    assert (await chat.ainvoke(text)).content
+    assert list(chat.stream(text))
+    assert len(chat.batch([text, text])) == 2
+    server.refuses = True  # type: ignore[attr-defined]
+    for ask in (chat.invoke, lambda given: list(chat.stream(given)), lambda given: chat.batch([given, given])):
+        with pytest.raises(openai.InternalServerError, match="xyzzy"):
+            ask(text)
+    with pytest.raises(openai.InternalServerError, match="xyzzy"):
+        await chat.ainvoke(text)
+    assert "xyzzy" not in caplog.text
 
 
 def test_without_the_package_the_pip_line_is_said() -> None:
