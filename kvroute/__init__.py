@@ -47,7 +47,7 @@ if TYPE_CHECKING:
     from kvroute.embedder_identity import EmbeddingIdentity
     from kvroute.embedding_evaluation import EmbeddingReport, EvaluationOptions, evaluate_embeddings
     from kvroute.engines.base import Engine
-    from kvroute.engines.handle import EngineHandle, EngineName
+    from kvroute.engines.handle import KEY_VARIABLE, EngineHandle, EngineName
     from kvroute.engines.prefix import Prefix
     from kvroute.engines.transformers_engine import TransformersEngine
     from kvroute.engines.vllm_engine import VLLMEngine
@@ -122,6 +122,7 @@ _LAZY = {
     "FrequencyTable": "kvroute.token_weights",
     "Generation": "kvroute.generation",
     "GenerationChunk": "kvroute.generation",
+    "KEY_VARIABLE": "kvroute.engines.handle",
     "KVEmbedder": "kvroute.embedder",
     "KVRouteEncoder": "kvroute.mteb_encoder",
     "KVView": "kvroute_kernels",
@@ -176,6 +177,7 @@ _LAZY = {
 }
 
 __all__ = [
+    "KEY_VARIABLE",
     "PRESETS",
     "SCORES",
     "AnswerPooling",

@@ -15,7 +15,15 @@ from typing import Any
 from langchain_core.prompts import BasePromptTemplate
 from langchain_core.runnables import Runnable
 
-from kvroute import Decision, InvalidInputError, KVRouteError, Prefilled, Usage
+from kvroute import (
+    Decision,
+    InvalidInputError,
+    KVRouteError,
+    Prefilled,
+    ServerTimeoutError,
+    ServerUnreachableError,
+    Usage,
+)
 from langchain_kvroute.continuing import View, holds_chats
 from langchain_kvroute.handover import Handover
 from langchain_kvroute.metadata import KVRouteMetadata, of_decision
@@ -199,14 +207,15 @@ def _seen(view: View, prompt: Any) -> Any:
 
 
 def _each(router: Any, prompts: list[Any], view: View) -> list[Prefilled | Exception]:
-    """All in one run or, where that fails, each alone: a fault stays with its prompt."""
+    """All in one run or, where that fails, each alone: a fault stays with its prompt. That of a server is everyone's,
+    and each would wait for it as long as all did."""
     if not prompts:
         return []
     try:
         return list(router.prefill_many(prompts, template=view.template, keep=view.keep))
     except Exception as error:  # noqa: BLE001 - costs the decision, not the answer
-        if len(prompts) == 1:
-            return [error]
+        if len(prompts) == 1 or isinstance(error, ServerUnreachableError | ServerTimeoutError):
+            return [error] * len(prompts)
     return [_each(router, [prompt], view)[0] for prompt in prompts]
 
 

@@ -9,8 +9,7 @@ from typing import Any, Literal, Self, TypeVar, cast
 from langchain_core.utils import secret_from_env
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, SecretStr, model_validator
 
-from kvroute import EngineHandle, EngineName, InvalidInputError, KVRouteError
-from kvroute.engines.handle import KEY_VARIABLE
+from kvroute import KEY_VARIABLE, EngineHandle, EngineName, InvalidInputError, KVRouteError
 
 T = TypeVar("T")
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Awaitable, Callable, Mapping, Sequence
+from copy import deepcopy
 from dataclasses import replace
 from importlib.util import find_spec
-from typing import TYPE_CHECKING, Annotated, Any, Literal, NotRequired, cast, get_args
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NotRequired, Self, cast, get_args
 
 from kvroute import InvalidInputError, MissingExtraError
 
@@ -139,6 +140,13 @@ class SelfEvaluationMiddleware(AgentMiddleware[SelfEvaluationState[ResponseT], C
         self.missing = missing
         self.evaluate_tool_calls = evaluate_tool_calls
         self.evaluator = evaluator
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        for shared in (self.escalate_to, self.evaluator):  # models: they are not to be there twice
+            memo[id(shared)] = shared
+        found = memo[id(self)] = type(self).__new__(type(self))
+        found.__dict__.update(deepcopy(self.__dict__, memo))
+        return found
 
     # ------------------------------------------------------------------ the agent's side
 

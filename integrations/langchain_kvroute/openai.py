@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 from langchain_core.messages import AIMessage, BaseMessage
 from langchain_core.outputs import ChatGenerationChunk, ChatResult
+from pydantic import ConfigDict
 
 from kvroute import MissingExtraError, server_ask
 from langchain_kvroute.metadata import KEY, of_served
@@ -16,6 +17,8 @@ try:
 except ImportError as error:
     raise MissingExtraError("langchain-openai", "langchain-openai") from error
 
+_CLIENTS = ("client", "async_client", "root_client", "root_async_client")
+_HTTP_CLIENTS = ("http_client", "http_async_client")
 _THOUGHTS = ("reasoning_content", "reasoning")
 """Where a server with a reasoning parser puts the thought, by vLLM's older and newer name."""
 
@@ -26,7 +29,12 @@ class ChatOpenAIKVRoute(ChatOpenAI):
     ``response_metadata["kvroute"]`` is a :class:`~langchain_kvroute.KVRouteMetadata` (of a stream, in its last chunk),
     and where the server has a reasoning parser ``additional_kwargs["reasoning_content"]`` is the thought.
     ``extra_body=kvroute_ask(policy=...)`` says what to ask of kvroute: see :func:`kvroute_ask`.
+
+    Unlike ``ChatOpenAI`` it can be deep-copied (copies share the connections) and pickled. A pickle leaves the key out:
+    where it is loaded, that of the environment variable ``OPENAI_API_KEY`` is taken.
     """
+
+    model_config = ConfigDict(hide_input_in_errors=True)  # a key may be in it
 
     @property
     def _llm_type(self) -> str:
@@ -41,6 +49,21 @@ class ChatOpenAIKVRoute(ChatOpenAI):
     def get_lc_namespace(cls) -> list[str]:
         """Where it is found again."""
         return ["langchain_kvroute", "openai"]
+
+    def __deepcopy__(self, memo: dict[int, Any] | None = None) -> Self:
+        memo = {} if memo is None else memo
+        for name in (*_CLIENTS, *_HTTP_CLIENTS):
+            memo[id(getattr(self, name))] = getattr(self, name)
+        return super().__deepcopy__(memo)
+
+    def __getstate__(self) -> dict[Any, Any]:
+        made = (*_CLIENTS, *_HTTP_CLIENTS) if self.openai_proxy else _CLIENTS  # others were given
+        state = super().__getstate__()
+        return {**state, "__dict__": {**state["__dict__"], **dict.fromkeys((*made, "openai_api_key"))}}
+
+    def __setstate__(self, state: dict[Any, Any]) -> None:
+        super().__setstate__(state)
+        self.validate_environment()  # type: ignore[operator]  # makes the clients
 
     def _create_chat_result(self, response: Any, generation_info: dict[str, Any] | None = None) -> ChatResult:
         result = super()._create_chat_result(response, generation_info)

@@ -7,15 +7,16 @@ from pathlib import Path
 from typing import Any, Literal, Self
 
 from langchain_core.utils import secret_from_env
-from pydantic import BaseModel, Field, SecretStr, field_validator
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, field_validator
 
-from kvroute import EngineName, InvalidInputError, Policy, Router
-from kvroute.engines.handle import KEY_VARIABLE
+from kvroute import KEY_VARIABLE, EngineName, InvalidInputError, Policy, Router
 from langchain_kvroute.router_handle import RouterHandle, RouterName
 
 
 class RouterFields(BaseModel):
     """A router that is given, or opened by name at its first use."""
+
+    model_config = ConfigDict(hide_input_in_errors=True)  # a key may be in it
 
     router: Any = Field(default=None, repr=False)
     """A :class:`kvroute.Router`. Copies share it; it can't be pickled or serialised: name model and policy for that."""

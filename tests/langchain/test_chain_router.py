@@ -414,6 +414,22 @@ def test_a_live_router_is_dumped_without_its_engine() -> None:
         loads(text, valid_namespaces=["langchain_kvroute"], allowed_objects=[KVRouteRouter])
 
 
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"policy": None, "api_key": "s3kr3t"},
+        {"default": "x", "api_key": "s3kr3t"},
+        {"api_key": ["s3kr3t"]},
+    ],
+    ids=["no policy", "no such branch", "no key"],
+)
+def test_a_key_is_in_no_error(fields: dict[str, Any]) -> None:
+    branches = {"fast": marked("fast"), "slow": marked("slow")}
+    with pytest.raises(ValidationError) as refused:
+        KVRouteRouter(**{"model": MODEL, "policy": POLICY, **branches, **fields})
+    assert "s3kr3t" not in str(refused.value) + repr(refused.value)
+
+
 _TEMPLATES: list[type] = [type(ASK), type(ASK.messages[0]), type(ASK.messages[0].prompt), type(ASK | marked("x"))]  # type: ignore[union-attr]
 
 

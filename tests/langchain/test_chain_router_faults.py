@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import threading
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -15,8 +16,21 @@ from langchain_core.prompts import ChatPromptTemplate
 from langchain_core.runnables import RunnableLambda
 from thinker import MODEL, POLICY, Seen, chat, questions
 
-from kvroute import DifficultyHead, Policy, Router, ServerTimeoutError, ServerUnreachableError, TransformersEngine
+from kvroute import (
+    DifficultyHead,
+    Policy,
+    Router,
+    ServerTimeoutError,
+    ServerUnreachableError,
+    ThinkingMode,
+    TokenIds,
+    TransformersEngine,
+    VLLMClient,
+)
+from kvroute.serving import servers
+from kvroute.serving.about import About
 from langchain_kvroute import ChatKVRoute, KVRouteRouter, branch_choice
+from vllm_stand_in import StandIn
 
 SECRET = "the word is xyzzy"
 ASK = ChatPromptTemplate.from_messages([("user", "{question}")])
@@ -115,6 +129,101 @@ def test_a_failing_head_is_the_routers_fault_and_the_default_is_ours(
         assert found["output"] == found["kvroute"]["mode"] == (default or "slow")
         assert found["kvroute"]["decision"]["why"] == "fault"
         assert "ZeroDivisionError" in found["kvroute"]["faults"][0]
+
+
+# ------------------------------------------------------------------ a server that decides
+
+
+def deciding(port: int = 0) -> StandIn:
+    """Says what it runs as ``kvroute serve`` does, and decides by the thinker's own policy."""
+    server, engine, router = StandIn(port=port), thinker.engine(), thinker.router()
+    told = Policy(kind="one-step", tau=12.0)
+    server.about = About("1", True, engine.info, thinking=ThinkingMode.of(engine), policies={"mine": told}).to_dict()
+    server.result = lambda body, _: {"kvroute": {"decision": router.decide(TokenIds(tuple(body["prompt"]))).to_dict()}}
+    return server
+
+
+@pytest.fixture
+def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[StandIn]:
+    monkeypatch.setattr(servers, "_PAUSE", 0.01)
+    monkeypatch.setattr(servers, "_LONGEST_PAUSE", 0.02)
+    with deciding() as it:
+        yield it
+
+
+async def every_way(router: KVRouteRouter) -> list[Any]:
+    """What each way of calling gives for the first inputs."""
+    given = INPUTS[:3]
+    streamed = [p async for p in router.astream(given[0])]
+    return [
+        router.invoke(given[0]),
+        await router.ainvoke(given[0]),
+        *router.batch(given),
+        *(await router.abatch(given)),
+        {"output": streamed[-1]["output"], "kvroute": streamed[0]["kvroute"]},
+    ]
+
+
+@pytest.mark.parametrize(("default", "expected"), [(None, "slow"), ("fast", "fast")])
+async def test_a_server_that_is_gone_and_comes_back(server: StandIn, default: str | None, expected: str) -> None:
+    alone = [routed(thinker.router()).invoke(i) for i in INPUTS]
+    assert set(alone) == {"fast", "slow"}
+    with VLLMClient(server.url, tokenizer=MODEL, retries=0, connect_timeout=0.5) as client:
+        router = routed(Router(client, "mine"), default=default, include_decision=True)
+        for found in (router.batch(INPUTS), [await router.ainvoke(i) for i in INPUTS]):
+            assert [f["output"] for f in found] == alone
+            assert not any(f["kvroute"]["faults"] for f in found)
+        server.die()
+        seen = Seen()
+        assert router.invoke(INPUTS[0], {"callbacks": [seen]})["output"] == expected
+        assert seen.tagged(f"branch:{expected}")[0]["metadata"]["kvroute_why"] == "fault"
+        for one in await every_way(router):
+            assert one["output"] == expected
+            assert one["kvroute"]["decision"]["why"] == "fault"
+            assert f"{server.url} can't be reached" in one["kvroute"]["faults"][0]
+        with deciding(server.port):
+            again = router.batch(INPUTS)
+            assert [f["output"] for f in again] == alone
+            assert not any(f["kvroute"]["faults"] for f in again)
+
+
+async def test_a_server_that_is_too_slow(server: StandIn) -> None:
+    hard = next(i for i in INPUTS if routed(thinker.router()).invoke(i) == "slow")
+    with VLLMClient(server.url, tokenizer=MODEL, timeout=1.0, retries=0) as client:
+        router = routed(Router(client, "mine"), default="fast", include_decision=True)
+        assert router.invoke(hard)["output"] == "slow"
+        server.delay = 4.0
+        for one in (router.invoke(hard), *(await router.abatch([hard] * 3))):
+            assert one["output"] == "fast"
+            assert one["kvroute"]["decision"]["why"] == "fault"
+            assert "gave no answer for 1 seconds" in one["kvroute"]["faults"][0]
+        server.delay = 0.0
+        assert router.invoke(hard)["output"] == "slow"
+
+
+def test_a_batch_asks_a_slow_server_once(server: StandIn) -> None:
+    """Prompts are not tried one by one where it is the server that fails: each would wait as long as all."""
+    with VLLMClient(server.url, tokenizer=MODEL, timeout=0.5, retries=0) as client:
+        router = routed(Router(client, "mine"), include_decision=True)
+        server.delay = 2.0
+        found = router.batch(INPUTS)
+        assert [f["kvroute"]["decision"]["why"] for f in found] == ["fault"] * len(INPUTS)
+        assert len(server.requests) == len(INPUTS)
+
+
+def test_a_named_server_that_is_gone_at_first(server: StandIn) -> None:
+    server.die()
+    router = KVRouteRouter(
+        base_url=server.url, model=MODEL, policy="mine",
+        fast=ASK | marked("fast"), slow=ASK | marked("slow"), include_decision=True,
+    )  # fmt: skip
+    found = router.invoke(INPUTS[0])
+    assert found["output"] == "slow"
+    assert "can't be reached" in found["kvroute"]["faults"][0]
+    with deciding(server.port):
+        alone = routed(thinker.router()).batch(INPUTS)
+        assert [f["output"] for f in router.batch(INPUTS)] == alone
+    router._chooser.handle.get().engine.close()
 
 
 # ------------------------------------------------------------------ the input

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
 import copy
 import pickle
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
 import thinker
+from langchain_core.callbacks import BaseCallbackHandler
 from langchain_core.language_models import GenericFakeChatModel
 from langchain_core.load import dumps, loads
 from langchain_core.messages import AIMessage, HumanMessage, SystemMessage
@@ -164,6 +168,79 @@ async def test_async_batch_and_traces() -> None:
     assert seen.root()["metadata"]["ls_model_name"] == thinker.engine().info.name
 
 
+async def test_one_bad_item_of_a_batch_costs_the_others_nothing() -> None:
+    model = KVRouteDecisionModel(router=thinker.router())
+    asked: list[Any] = [{"state": q, "questions": {"which": WHICH, "hard": HARD}} for q in QUESTIONS[:3]]
+    alone = [model.invoke(a) for a in asked]
+    for bad, error in (
+        ({"state": "hi", "questions": {"where": Box(instructions="the cat")}}, InvalidInputError),
+        ({"state": "top " + "11," * 4000, "questions": {"hard": HARD}}, KVRouteError),
+        ({"state": object(), "questions": {"hard": HARD}}, KVRouteError),
+    ):
+        given: Any = [*asked[:2], bad, asked[2]]
+        for found in (
+            model.batch(given, return_exceptions=True),
+            await model.abatch(given, return_exceptions=True),
+        ):
+            assert isinstance(found[2], error)
+            assert [*found[:2], found[3]] == alone
+
+
+def test_threads_and_two_event_loops() -> None:
+    asked: list[Any] = [{"state": q, "questions": {"which": WHICH, "hard": HARD}} for q in QUESTIONS]
+    alone = [KVRouteDecisionModel(router=Router(thinker.engine(), POLICY)).invoke(a) for a in asked]
+    named = KVRouteDecisionModel(model=MODEL, policy=POLICY)  # opened by the first of them
+
+    async def gathered() -> list[Any]:
+        return await asyncio.gather(*(named.ainvoke(a) for a in asked))
+
+    with ThreadPoolExecutor(4) as pool:
+        loops = [pool.submit(asyncio.run, gathered()) for _ in range(2)]
+        calls = list(pool.map(named.invoke, asked * 2))
+        for found in (calls[: len(asked)], calls[len(asked) :], *(loop.result() for loop in loops)):
+            assert [f.choices["which"].choice for f in found] == [a.choices["which"].choice for a in alone]
+            nouls = [a.nouls["hard"].noul for a in alone]
+            assert [f.nouls["hard"].noul for f in found] == pytest.approx(nouls, abs=1e-4)
+
+
+async def test_a_cancelled_task_leaves_it_usable(monkeypatch: pytest.MonkeyPatch) -> None:
+    begun, goes_on = threading.Event(), threading.Event()
+    decide = Router.prefill_many
+
+    def held(self: Router, prompts: Any, **how: Any) -> Any:
+        begun.set()
+        assert goes_on.wait(10)
+        return decide(self, prompts, **how)
+
+    model, seen = KVRouteDecisionModel(router=thinker.router()), Seen()
+    asked: Any = {"state": QUESTIONS[0], "questions": {"which": WHICH}}
+    alone = model.invoke(asked)
+    monkeypatch.setattr(Router, "prefill_many", held)
+    task = asyncio.create_task(model.ainvoke(asked, {"callbacks": [seen]}))
+    assert await asyncio.to_thread(begun.wait, 10)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert isinstance(seen.root()["end"], asyncio.CancelledError)
+    goes_on.set()
+    assert await model.ainvoke(asked) == alone
+
+
+async def test_a_callback_that_raises_costs_nothing(caplog: pytest.LogCaptureFixture) -> None:
+    class Raising(BaseCallbackHandler):
+        def on_chain_start(self, *_: Any, **__: Any) -> None:
+            raise ValueError("a handler's own fault")
+
+        on_chain_end = on_chain_start
+
+    model, config = KVRouteDecisionModel(router=thinker.router()), {"callbacks": [Raising()]}
+    asked: Any = {"state": QUESTIONS[0], "questions": {"which": WHICH}}
+    alone = model.invoke(asked)
+    assert model.invoke(asked, config) == await model.ainvoke(asked, config) == alone
+    assert model.batch([asked] * 2, config) == [alone] * 2
+    assert "a handler's own fault" in caplog.text
+
+
 def test_copies_pickles_and_fields() -> None:
     named = KVRouteDecisionModel(
         model=MODEL, policy=POLICY, labels={"small": "fast", "large": "slow"}, api_key="s3kr3t"
@@ -180,6 +257,17 @@ def test_copies_pickles_and_fields() -> None:
     for fields in ({}, {"model": MODEL}, {"router": live.router, "policy": "slow"}, {"router": "x"}):
         with pytest.raises(ValidationError):
             KVRouteDecisionModel(**fields)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [{"policy": None, "api_key": "s3kr3t"}, {"api_key": ["s3kr3t"]}],
+    ids=["no policy", "no key"],
+)
+def test_a_key_is_in_no_error(fields: dict[str, Any]) -> None:
+    with pytest.raises(ValidationError) as refused:
+        KVRouteDecisionModel(**{"model": MODEL, "policy": POLICY, **fields})
+    assert "s3kr3t" not in str(refused.value) + repr(refused.value)
 
 
 @pytest.mark.filterwarnings("ignore:The function `loads` is in beta")

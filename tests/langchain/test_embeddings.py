@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import copy
+import logging
 import pickle
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -22,6 +23,7 @@ from kvroute import (
     KVEmbedder,
     ModelLoadError,
     PoolingSpec,
+    ServerError,
     ServerTimeoutError,
     ServerUnreachableError,
     TextTooLongError,
@@ -227,3 +229,25 @@ def test_a_server_that_is_gone_or_too_slow_and_comes_back(stand_in: StandIn) -> 
         with StandIn(port=port) as again:
             again.result = stand_in.result
             assert made.embed_query("abcd") == [5.0] * 32
+
+
+async def test_nothing_of_a_text_is_logged(
+    named: KVRouteEmbeddings, stand_in: StandIn, caplog: pytest.LogCaptureFixture
+) -> None:
+    for logger in ("kvroute", "kvroute_kernels", "langchain_kvroute"):
+        caplog.set_level(logging.DEBUG, logger=logger)
+    text = "sesame opens the door"
+    assert named.embed_documents([text, text]) == await named.aembed_documents([text, text])
+    assert named.embed_query(text)
+    with pytest.raises(TextTooLongError):
+        named.embed_documents(["a", "sesame " * 600])
+    with VLLMClient(stand_in.url, info=an_info(), retries=0, connect_timeout=0.5) as client:
+        made = KVRouteEmbeddings(engine=client, spec=PoolingSpec(layers="last:1", heads="concat"))
+        assert made.embed_query(text)
+        stand_in.act = lambda handler, _: handler.refuse(500, f"can't read {text}") is None
+        with pytest.raises(ServerError, match="sesame"):
+            await made.aembed_query(text)
+        stand_in.die()
+        with pytest.raises(ServerUnreachableError):
+            made.embed_documents([text])
+    assert "sesame" not in caplog.text

@@ -19,6 +19,20 @@ def test_without_langchain_core_it_says_the_pip_line() -> None:
     assert "pip install 'kvroute[langchain]'" in ran.stderr
 
 
+def test_without_langchain_cores_decisions_it_says_the_pip_line() -> None:
+    """As before langchain-core 1.8; all else is there."""
+    code = (
+        "import sys; sys.modules['langchain_core.decisions'] = None\n"
+        "import kvroute, langchain_kvroute\n"
+        "langchain_kvroute.KVRouteRouter\n"
+        "try:\n    langchain_kvroute.KVRouteDecisionModel\n"
+        "except kvroute.MissingExtraError as error:\n    print(error)"
+    )
+    printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert "langchain-core>=1.8 (for langchain_core.decisions)" in printed
+    assert "pip install 'kvroute[langchain]' 'langchain-core>=1.8'" in printed
+
+
 def test_it_loads_no_model_library_and_no_other_framework() -> None:
     code = "import langchain_kvroute, sys, json; print(json.dumps([n.split('.')[0] for n in sys.modules]))"
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
@@ -29,7 +43,7 @@ def test_it_loads_no_model_library_and_no_other_framework() -> None:
 def test_every_public_name_is_there() -> None:
     for name in langchain_kvroute.__all__:
         if name == "KVRouteDecisionModel" and find_spec("langchain_core.decisions") is None:
-            continue  # needs langchain-core 1.8
+            continue  # needs langchain-core 1.8, as it says itself
         assert getattr(langchain_kvroute, name) is not None
     assert dir(langchain_kvroute) == sorted(langchain_kvroute.__all__)
     with pytest.raises(AttributeError, match="nonsense"):

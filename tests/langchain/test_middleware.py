@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 import logging
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
+import thinker
 from langchain.agents import create_agent
 from langchain.agents.middleware import AgentMiddleware
 from langchain.agents.structured_output import ToolStrategy
@@ -23,7 +26,7 @@ from langgraph.types import Command, interrupt
 from pydantic import BaseModel
 from scripted_chat import ScriptedChat, said
 
-from kvroute import InvalidInputError
+from kvroute import InvalidInputError, SelfEvaluator
 from langchain_kvroute import SelfEvaluationMiddleware, self_evaluation
 
 SECRET = "the vault opens with 4711"
@@ -311,6 +314,44 @@ def test_one_bad_item_of_a_batch_costs_the_others_nothing() -> None:
     found = agent.batch([{"messages": t} for t in ("a", "bad", "c")], return_exceptions=True)
     assert isinstance(found[1], ValueError)
     assert [last(found[i])[0] for i in (0, 2)] == ["slow", "slow"]
+
+
+# ------------------------------------------------------------------ threads, copies
+
+
+def test_threads_share_a_middleware() -> None:
+    """Each run has its answers and retries to itself, in threads and in event loops of their own."""
+
+    def answer(messages: Any, how: Any) -> AIMessage:
+        question = messages[-1].text
+        return said(f"{how.get('mode', 'fast')} {question}", 0.9 if "mode" in how or question == "easy" else 0.1)
+
+    agent, model = agent_of(answer, action="retry")
+    asked = ["easy" if i % 3 == 0 else f"q{i}" for i in range(24)]
+    with ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(lambda q: agent.invoke({"messages": q}), asked))
+        found += pool.map(lambda q: asyncio.run(agent.ainvoke({"messages": q})), asked)
+    for question, state in zip(asked * 2, found, strict=True):
+        text, about = last(state)
+        assert text == ("fast easy" if question == "easy" else f"slow {question}")
+        assert [a["action"] for a in about["attempts"]] == (["first"] if question == "easy" else ["first", "retry"])
+    assert len(model.calls) == 2 * (8 + 2 * 16)
+
+
+def test_a_deep_copy_shares_models_and_no_settings(invoke: Invoke) -> None:
+    evaluator = SelfEvaluator(thinker.engine())
+    bigger = ScriptedChat(answers=lambda *_: AIMessage("b"))
+    middleware: Any = SelfEvaluationMiddleware(
+        threshold=0.5, action=("retry", "escalate"), escalate_to=bigger, evaluator=evaluator, missing="act"
+    )
+    copied = copy.deepcopy({"middleware": middleware})["middleware"]
+    assert copied.evaluator is evaluator
+    assert copied.escalate_to is bigger
+    middleware.retry_settings["mode"] = "fast"
+    model = ScriptedChat(answers=[said("a", 0.1), said("a", 0.1)])
+    text, about = last(invoke(create_agent(model, middleware=[copied])))
+    assert (text, [a["action"] for a in about["attempts"]]) == ("b", ["first", "retry", "escalate"])
+    assert model.calls[1] == {"mode": "slow"}
 
 
 # ------------------------------------------------------------------ stop for a human

@@ -326,6 +326,28 @@ def test_a_server_that_is_too_slow(stand_in: StandIn) -> None:
         assert made.get_text_embedding("abc") == [4.0] * 32
 
 
+async def test_nothing_of_a_text_is_logged(
+    named: KVRouteEmbedding, stand_in: StandIn, caplog: pytest.LogCaptureFixture
+) -> None:
+    for logger in ("kvroute", "kvroute_kernels", "llama_index.embeddings.kvroute"):
+        caplog.set_level(logging.DEBUG, logger=logger)
+    text = "sesame opens the door"
+    assert named.get_text_embedding_batch([text, text]) == await named.aget_text_embedding_batch([text, text])
+    assert named.get_query_embedding(text)
+    with pytest.raises(TextTooLongError):
+        named.get_text_embedding_batch(["a", "sesame " * 600])
+    with VLLMClient(stand_in.url, info=an_info(), retries=0, connect_timeout=0.5) as client:
+        made = KVRouteEmbedding(engine=client, spec=SPEC)
+        assert made.get_text_embedding(text)
+        stand_in.act = lambda handler, _: handler.refuse(500, f"can't read {text}") is None
+        with pytest.raises(ServerError, match="sesame"):
+            await made.aget_query_embedding(text)
+        stand_in.die()
+        with pytest.raises(ServerUnreachableError):
+            made.get_text_embedding_batch([text])
+    assert "sesame" not in caplog.text
+
+
 def test_a_servers_key_comes_from_the_setting_and_in_a_pickle_from_the_environment(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -10,10 +10,11 @@ import faiss
 import llama_index.core
 import numpy as np
 import pytest
-from llama_index.core import Document, StorageContext, VectorStoreIndex, load_index_from_storage
+from llama_index.core import Document, PromptTemplate, StorageContext, VectorStoreIndex, load_index_from_storage
 from llama_index.core.ingestion import DocstoreStrategy, IngestionCache, IngestionPipeline
 from llama_index.core.ingestion import pipeline as ingestion
-from llama_index.core.llms import MockLLM
+from llama_index.core.llms import CompletionResponse, CompletionResponseGen, CustomLLM, LLMMetadata
+from llama_index.core.llms.callbacks import llm_completion_callback
 from llama_index.core.node_parser import SentenceSplitter
 from llama_index.core.schema import MetadataMode, TextNode
 from llama_index.core.storage.docstore import SimpleDocumentStore
@@ -299,15 +300,42 @@ def test_a_text_that_fails_marks_nothing(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
+class ThinkerLLM(CustomLLM):
+    """The tiny thinker as LlamaIndex sees a language model: just enough to answer."""
+
+    engine: Any
+
+    @property
+    def metadata(self) -> LLMMetadata:
+        return LLMMetadata(context_window=self.engine.info.context, num_output=8, model_name=self.engine.info.name)
+
+    @llm_completion_callback()
+    def complete(self, prompt: str, formatted: bool = False, **_: Any) -> CompletionResponse:
+        return CompletionResponse(text=self.engine.generate([{"role": "user", "content": prompt}], max_tokens=8).text)
+
+    @llm_completion_callback()
+    def stream_complete(self, prompt: str, formatted: bool = False, **_: Any) -> CompletionResponseGen:
+        yield self.complete(prompt)
+
+
 def test_stamped_nodes_are_refused_after_retrieval(documents: list[Document]) -> None:
     made_with, other = thinker(), thinker(spec=PoolingSpec(layers=(0,), part="v", heads="concat"))
     nodes = IngestionPipeline(transformations=[made_with]).run(documents=documents)
 
+    llm = ThinkerLLM(engine=TransformersEngine.from_pretrained(THINKER))
+
     def engine(embedding: KVRouteEmbedding) -> Any:
         index = VectorStoreIndex(nodes, embed_model=embedding)
-        return index.as_query_engine(llm=MockLLM(), node_postprocessors=[EmbeddingGuard(embedding=embedding)])
+        return index.as_query_engine(
+            llm=llm,
+            response_mode="simple_summarize",
+            text_qa_template=PromptTemplate("{context_str} {query_str}"),
+            node_postprocessors=[EmbeddingGuard(embedding=embedding)],
+        )
 
-    assert engine(made_with).query(TEXTS[0]).source_nodes
+    found = engine(made_with).query(TEXTS[0])
+    assert found.source_nodes
+    assert found.response
     with pytest.raises(ModelMismatchError) as refused:
         check_nodes(nodes, other)
     assert str(made_with.identity) in str(refused.value)
