@@ -20,7 +20,7 @@ import shutil
 import sys
 import time
 from collections import Counter
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Any
@@ -78,11 +78,11 @@ class Answer:
     left: bool = False
 
 
-def make_cases(count: int, tokenizer_of: Any, seed: int) -> list[Case]:
+def make_cases(count: int, ways: Sequence[str], tokenizer_of: Any, seed: int) -> list[Case]:
     """Different requests, every way with every ask."""
     rng = random.Random(seed)
     asked = questions(count, seed + 5)
-    kinds = list(itertools.product(ASKS, WAYS))
+    kinds = list(itertools.product(ASKS, ways))
     beginnings = [" ".join(q.question for q in questions(4, seed + 100 + i)) for i in range(4)]
     cases = []
     for i in range(count):
@@ -172,7 +172,7 @@ def difference(case: Case, answer: Answer) -> str | None:
         return None if not any(answer.results) else "a result nobody asked for"
     for i, result in enumerate(answer.results):
         if result is None or result["error"] is not None:
-            return "no result"
+            return "no result" if result is None else f"no result: {result['error']}"
         place = (result["tokens"].get("behind_stop") or 0) if case.way == "stop" else i
         if place >= len(case.results):
             return "tokens behind a stop string"
@@ -317,6 +317,7 @@ def main() -> None:
     parser = argument_parser(__doc__)
     parser.add_argument("--requests", type=int, default=0, help="by default 10,000, with --quick 300")
     parser.add_argument("--cases", type=int, default=0, help="different ones; by default 120, with --quick 60")
+    parser.add_argument("--ways", default=",".join(WAYS), help="with commas between; by default all")
     parser.add_argument("--at-once", type=int, default=24)
     parser.add_argument("--blocks", type=int, default=28, help="blocks of 32 tokens in the cache")
     parser.add_argument("--log", type=Path, help="file for what the server prints")
@@ -328,9 +329,8 @@ def main() -> None:
         folder = Path(scratch)
         settings = _settings(folder, thinker, arguments.seed)
         transfer = {"kv_connector": _vllm.CONNECTOR, "kv_role": "kv_producer", "kv_connector_extra_config": settings}
-        cases = make_cases(
-            arguments.cases or (60 if arguments.quick else 120), engine(thinker).tokenize, arguments.seed
-        )
+        count = arguments.cases or (60 if arguments.quick else 120)
+        cases = make_cases(count, arguments.ways.split(","), engine(thinker).tokenize, arguments.seed)
         before = set(processes_below(os.getpid()))
         log = arguments.log or folder / "log"
         options = (*SERVER, "--num-gpu-blocks-override", str(arguments.blocks))
