@@ -13,14 +13,14 @@ import typer
 from kvroute.errors import InvalidInputError
 
 SETTINGS = {"allow_extra_args": True, "ignore_unknown_options": True}
-"""Options that are not ours are vLLM's."""
+"""Options that are not ours are vLLM's. Ours have no short names: ``-tp 2`` would be read as ``-t -p 2``."""
 
 
 def command(
     context: typer.Context,
     model: Annotated[str, typer.Argument(help="smollm2, a local folder or a hub id.")],
     policy: Annotated[
-        Path | None, typer.Option("--policy", "-p", help="A folder of policies, each known by its file's name.")
+        Path | None, typer.Option("--policy", help="A folder of policies, each known by its file's name.")
     ] = None,
     heads: Annotated[
         Path | None, typer.Option(help="A folder of heads that tell how likely answers are right.")

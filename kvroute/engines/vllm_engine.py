@@ -14,6 +14,7 @@ from kvroute.serving.config import ServingConfig
 from kvroute.serving.engine_link import EngineLink
 from kvroute.serving.launching import looks_twice
 from kvroute.serving.plugin import NAME, register
+from kvroute.serving.unreadable import require_readable, unreadable
 from kvroute.serving.vllm_base import VLLMBase
 from kvroute.serving.vllm_core import load_tokenizer
 
@@ -42,7 +43,8 @@ class VLLMEngine(VLLMBase):
 
     Raises:
         MissingExtraError: vLLM is not installed.
-        InvalidInputError: a setting or option makes no sense, or a folder is not there.
+        InvalidInputError: a setting or option makes no sense, a folder is not there, or policies are to be served under
+            speculative decoding or in a pipeline.
         ModelLoadError: vLLM does not start with this model.
     """
 
@@ -66,6 +68,7 @@ class VLLMEngine(VLLMBase):
             vllm_options.setdefault("async_scheduling", False)
         source = _source(model)
         config = _vllm_config(source, extra, revision, vllm_options)
+        require_readable(served, unreadable(config))
         self._name = str(model)
         self._context = int(config.model_config.max_model_len)
         self._vocabulary = int(config.model_config.get_vocab_size())

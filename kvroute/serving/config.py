@@ -103,6 +103,11 @@ class ServingConfig(Spec):
         return self._info
 
     @property
+    def decides(self) -> bool:
+        """Whether requests are to be decided: policies are served, or a default ask names a policy or mode."""
+        return self.policies is not None or any(self.default.get(name) is not None for name in ("policy", "mode"))
+
+    @property
     def default_ask(self) -> Ask | None:
         """What requests get that ask nothing.
 

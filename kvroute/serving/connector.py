@@ -29,6 +29,7 @@ from kvroute.serving.messages import StepMeta, StepResults
 from kvroute.serving.metrics import KVRouteMetrics, KVRouteStats
 from kvroute.serving.scheduler import SchedulerSide
 from kvroute.serving.served_model import ServedModel
+from kvroute.serving.unreadable import require_readable, unreadable
 from kvroute.serving.vllm_facts import cache_facts, cpu_writer, holds_pages
 from kvroute.serving.worker import WorkerSide
 
@@ -98,22 +99,24 @@ def _nothing(*_: Any) -> None:
 class KVRouteConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
     """Reads features and scores from the engine's paged cache, and decides how hard requests think. It moves no blocks;
     tokens are forced by :class:`kvroute.serving.logits_processor.ForcedTokens`, into requests that ask for it alone.
+
+    Raises:
+        InvalidInputError: the settings make no sense, or need what can't be read from this engine.
     """
 
     def __init__(self, vllm_config: Any, role: KVConnectorRole, kv_cache_config: Any) -> None:
         super().__init__(vllm_config, role, kv_cache_config)
         config = ServingConfig.read(self._kv_transfer_config.kv_connector_extra_config or None)
+        off = unreadable(vllm_config)
+        require_readable(config, off)
         model = ServedModel(vllm_config, kv_cache_config)
         self._config = config = model.bind(config)
         self._worker: WorkerSide | None = None
         self._scheduler: SchedulerSide | None = None
         if role == KVConnectorRole.SCHEDULER:
             model.prepare()
-            off = None
-            if vllm_config.speculative_config is not None:
-                off = "kvroute reads no features under speculative decoding: drafted tokens may be taken back."
-            if vllm_config.parallel_config.pipeline_parallel_size != 1:
-                off = "kvroute reads no features in a pipeline: a rank has only some of the layers."
+            if off is not None:
+                _log.warning("%s Requests that ask for something are answered, and told so.", off)
             sizes = [group.kv_cache_spec.block_size for group in kv_cache_config.kv_cache_groups]
             self._scheduler = SchedulerSide(
                 config,

@@ -14,6 +14,7 @@ from typing import Any, Final
 from kvroute.errors import InvalidInputError, MissingExtraError
 from kvroute.serving.config import ServingConfig
 from kvroute.serving.plugin import NAME
+from kvroute.serving.unreadable import require_readable, unreadable_by
 
 MIDDLEWARE: Final = (
     "kvroute.serving.endpoints.KVRouteEndpoints",
@@ -21,6 +22,7 @@ MIDDLEWARE: Final = (
 )
 _FORCING: Final = "kvroute.serving.logits_processor:ForcedTokens"
 _ASYNC: Final = ("--async-scheduling", "--no-async-scheduling")
+_DETAILS: Final = ("--enable-prompt-tokens-details", "--no-enable-prompt-tokens-details")
 _OURS: Final = ("--kv-transfer-config", "--kv_transfer_config")
 
 
@@ -50,7 +52,8 @@ def server_command(
         python: that runs it.
 
     Raises:
-        InvalidInputError: a folder is not there, a setting makes no sense, or an option is ours to give.
+        InvalidInputError: a folder is not there, a setting makes no sense, an option is ours to give, or policies are
+            to be served by an engine that nothing can be read from.
     """
     from kvroute.models import BUNDLED, bundled_path
 
@@ -67,6 +70,8 @@ def server_command(
     if heads is not None:
         extra["heads"] = str(heads.resolve())
     config = ServingConfig.read(extra or None)
+    unread = unreadable_by(options)
+    require_readable(config, unread)
     transfer: dict[str, Any] = {"kv_connector": NAME, "kv_role": "kv_producer"}
     command = [python, "-m", "vllm.entrypoints.openai.api_server"]
     command += ["--model", str(bundled_path(model)) if model in BUNDLED else model]
@@ -76,7 +81,10 @@ def server_command(
     if not importlib.metadata.entry_points(group="vllm.general_plugins", name="kvroute"):
         # kvroute lies on the path and is not installed, so vLLM does not find its parts by itself.
         transfer["kv_connector_module_path"] = "kvroute.serving.connector"
-        command += ["--logits-processors", _FORCING]
+        if unread is None:  # under speculative decoding vLLM does not start with any
+            command += ["--logits-processors", _FORCING]
+    if not any(o in _DETAILS for o in options):
+        command.append(_DETAILS[0])  # else usage says nothing of tokens that came from the prefix cache
     if looks_twice(config) and not any(o.split("=")[0] in _ASYNC for o in options):
         command.append("--no-async-scheduling")
     if extra:

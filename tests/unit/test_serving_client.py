@@ -32,6 +32,7 @@ from kvroute.errors import (
 )
 from kvroute.features import AnswerPooling
 from kvroute.generation import SamplingOptions
+from kvroute.labelling import Question, label_questions
 from kvroute.serving.about import About
 from kvroute.serving.client import VLLMClient
 from kvroute.serving.jobs import Decide
@@ -287,6 +288,34 @@ def test_64_in_flight_and_in_order(server: StandIn, client: VLLMClient) -> None:
     answers = client.generate([f"{i}" for i in range(150)], max_tokens=1, features="prompt:paper-mteb")
     assert [a.prompt_token_ids for a in answers] == [words(f"{i}") for i in range(150)]
     assert all(a.features["prompt:paper-mteb"].tolist() == features_of(a.prompt_token_ids) for a in answers)
+    assert server.most_busy == 64
+
+
+def test_labelling_keeps_a_server_full(server: StandIn) -> None:
+    """Both modes and the checkpoints of a chunk's thoughts: as many in flight as the client sends at a time."""
+    limits = {"fast": 2, "slow": 3}
+    full = {(limit, length): threading.Event() for limit, length in ((2, 0), (3, 0), (2, 1))}
+    most: dict[tuple[int, int], int] = dict.fromkeys(full, 0)
+    asked: dict[tuple[int, int], int] = dict.fromkeys(full, 0)
+
+    def act(handler: Any, body: dict[str, Any]) -> bool:
+        if handler.path == "/v1/completions":
+            with server.lock:
+                phase = (body["max_tokens"], int(server.requests.index(body) >= 300))
+                asked[phase] += 1
+                most[phase] = max(most[phase], server.busy)
+            if most[phase] == 64:
+                full[phase].set()
+            full[phase].wait(10)
+        return False
+
+    server.act = act
+    questions = [Question(str(i), f"What is {i}?", "7", "number") for i in range(150)]
+    with VLLMClient(server.url, tokenizer=build_tokenizer(), info=INFO) as client:
+        rows = list(label_questions(client, questions, max_tokens=limits, checkpoints=2, chunk=150, progress=False))
+    assert [(r.id, r.error) for r in rows] == [(str(i), None) for i in range(150)]
+    assert asked == dict.fromkeys(full, 150)
+    assert most == dict.fromkeys(full, 64)
     assert server.most_busy == 64
 
 

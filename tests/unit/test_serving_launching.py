@@ -8,6 +8,7 @@ import shlex
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,6 +19,7 @@ from kvroute.errors import InvalidInputError, MissingExtraError
 from kvroute.serving import launching
 from kvroute.serving.about import About
 from kvroute.serving.launching import MIDDLEWARE, server_command, shown
+from kvroute.serving.unreadable import unreadable
 from kvroute.token_weights import vocabulary_digest
 from serving_files import INFO, a_head, write_policy
 from tiny_models import build_tokenizer
@@ -52,6 +54,9 @@ def test_the_command(tmp_path: Path) -> None:
     assert option(file, "--served-model-name") == ["m"]
     # a two-step policy looks at what was written, which an engine that schedules ahead does not have yet
     assert made.count("--no-async-scheduling") == file.count("--no-async-scheduling") == 1
+    details = "--enable-prompt-tokens-details"
+    for options in ([], [details], ["--no-enable-prompt-tokens-details"]):  # else usage has no cached tokens
+        assert server_command("m", options=options).count(details) == (details in options or not options)
     own = server_command("m", policies=tmp_path / "policies", options=["--async-scheduling"])
     assert "--no-async-scheduling" not in own + server_command("m")
 
@@ -82,6 +87,61 @@ def test_what_can_be_known_to_fail_fails_before_the_start(tmp_path: Path) -> Non
         server_command("m", options=["--kv-transfer-config={}"])
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--speculative-config", '{"method": "ngram", "num_speculative_tokens": 2}'],
+        ['--speculative_config={"method": "ngram"}'],
+        ["--speculative-config.method", "ngram"],
+        ["-sc", "{}"],
+        ["--spec-method=ngram"],
+        ["--pipeline-parallel-size", "2"],
+        ["--pipeline_parallel_size=2"],
+        ["-pp", "2"],
+    ],
+)
+def test_an_engine_that_nothing_can_be_read_from(
+    tmp_path: Path, options: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Refused with policies, a default that decides and in a strict server; else started, and without the logits
+    processor that vLLM would not start with."""
+    monkeypatch.setattr(launching.importlib.metadata, "entry_points", lambda **_: [])
+    ran: list[Any] = []
+    monkeypatch.setattr(os, "execv", lambda *words: ran.append(words))
+    write_policy(tmp_path / "policies")
+    why = "drafted tokens" if "sc" in options[0] or "spec" in options[0] else "a rank has only some of the layers"
+    with pytest.raises(InvalidInputError, match=f"{why}.*serve policies.*Start the engine without it"):
+        server_command("m", policies=tmp_path / "policies", options=["--seed", "1", *options])
+    with pytest.raises(InvalidInputError, match="policies or a mode"):
+        server_command("m", settings={"default": {"mode": "fast"}}, options=options)
+    with pytest.raises(InvalidInputError, match="are strict"):
+        server_command("m", settings={"strict": True}, options=options)
+    with pytest.raises(SystemExit) as ended:
+        run(["serve", "m", "--policy", str(tmp_path / "policies"), *options])
+    assert ended.value.code == 2
+    assert why in capsys.readouterr().err.replace("\n", " ")
+    assert not ran
+    made = server_command("m", settings={"default": {"features": ["kv-coe"]}}, options=options)
+    assert made[-len(options) :] == options
+    assert "--logits-processors" not in made
+
+
+def test_what_vllms_config_says_of_it() -> None:
+    def made(speculative: object, pipeline: int) -> Any:
+        parallel = SimpleNamespace(pipeline_parallel_size=pipeline)
+        return SimpleNamespace(speculative_config=speculative, parallel_config=parallel)
+
+    assert unreadable(made(None, 1)) is None
+    assert "drafted tokens" in str(unreadable(made(object(), 1)))
+    assert "some of the layers" in str(unreadable(made(None, 2)))
+
+
+def test_a_pipeline_of_one_is_none(tmp_path: Path) -> None:
+    write_policy(tmp_path / "policies")
+    for options in (["-pp", "1"], ["--pipeline-parallel-size=1"], ["--tensor-parallel-size", "2"]):
+        assert server_command("m", policies=tmp_path / "policies", options=options)[-len(options) :] == options
+
+
 def test_a_shell_takes_what_is_shown() -> None:
     made = server_command("a model", settings={"default": {"features": ["kv-coe"]}}, options=["--api-key", "it's"])
     assert shlex.split(shown(made).replace("\\\n", " ")) == made
@@ -106,6 +166,8 @@ def test_serve(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: 
     printed = shlex.split(capsys.readouterr().out.replace("\\\n", " "))
     assert not ran
     assert printed[-3:] == ["--enforce-eager", "--seed", "3"]
+    run(["serve", "m", "-tp", "2", "-pp", "1", "-dp=2", "--dry-run"])  # vLLM's short names, of several letters
+    assert shlex.split(capsys.readouterr().out.replace("\\\n", " "))[-5:] == ["-tp", "2", "-pp", "1", "-dp=2"]
     monkeypatch.setattr(launching.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(SystemExit) as ended:
         run(words)
