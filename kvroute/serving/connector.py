@@ -96,6 +96,13 @@ def _nothing(*_: Any) -> None:
     """What most hooks return."""
 
 
+def _unsent(connector: KVRouteConnector, *_: Any) -> StepMessage:
+    """A step of which the workers are told nothing."""
+    if connector._scheduler is not None:
+        connector._scheduler.unsent()
+    return StepMessage()
+
+
 class KVRouteConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
     """Reads features and scores from the engine's paged cache, and decides how hard requests think. It moves no blocks;
     tokens are forced by :class:`kvroute.serving.logits_processor.ForcedTokens`, into requests that ask for it alone.
@@ -251,7 +258,7 @@ class KVRouteConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
     def update_state_after_alloc(self, request: Any, blocks: Any, num_external_tokens: int) -> None:
         """Nothing was loaded."""
 
-    @_guarded(lambda *_: StepMessage())
+    @_guarded(_unsent)
     def build_connector_meta(self, scheduler_output: Any) -> KVConnectorMetadata:
         side = self._scheduler
         if side is None:

@@ -55,12 +55,13 @@ def narrowed(spec: PoolingSpec, sums: Tensor | None) -> Tensor | None:
 
 @dataclass(slots=True)
 class Asked:
-    """What one request asks, resolved: specs by key, and whether chains."""
+    """What one request asks, resolved: specs by key, and whether chains; and how far its answer was read."""
 
     slot: int
     prompt: dict[str, PoolingSpec]
     answer: dict[str, PoolingSpec]
     chain: bool
+    read: int | None = None
 
 
 class _Read(NamedTuple):

@@ -86,7 +86,8 @@ def is_missing(state: KeptRequest, answer: int) -> bool:
     if begin is None or not state.reads_answer:
         return False
     end = state.prompt_len + answer - 1  # the last token has no keys and values
-    if not state.aborted and begin < end and state.read < end:
+    left = state.aborted and answer <= state.given  # before its prompt was through, perhaps
+    if not left and begin < end and state.read < end:
         return True
     return chain and sum(map(len, state.steps)) != max(state.read - begin, 0)
 

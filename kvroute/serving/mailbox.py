@@ -11,7 +11,7 @@ import asyncio
 import logging
 import re
 import threading
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Final, Self
 
@@ -72,11 +72,13 @@ class Mailbox:
     Attributes:
         connected: whether an engine of this process sends its statistics here.
         partial: whether it sends some of them to other processes: several API servers share it.
+        on_fault: counts a fault, by its kind, of who brings results to clients; None where nothing is counted.
     """
 
     def __init__(self) -> None:
         self.connected = False
         self.partial = False
+        self.on_fault: Callable[[str], None] | None = None
         self._lock = threading.Lock()
         self._slots: dict[str, Slot] = {}
 
@@ -105,6 +107,14 @@ class Mailbox:
         if found is not None:
             sample, id, slot = found
             slot._put(id, sample, result)
+
+    def fault(self, kind: str) -> None:
+        """A result could not be brought to its client: count it, where the engine's statistics are on."""
+        if self.on_fault is not None:
+            try:
+                self.on_fault(kind)
+            except Exception:  # noqa: BLE001 - an answer is on its way
+                _log.warning("kvroute could not count a fault.", exc_info=True)
 
     @property
     def waiting(self) -> int:

@@ -94,6 +94,9 @@ class KVRouteMetrics(KVConnectorPromMetrics):  # type: ignore[misc]
         )
         for values in per_engine_labelvalues.values():
             self._off.labels(*values).set(0)
+        # Who brings results to clients does not know which engine they are from: the first one's label stands for all.
+        first = next(iter(per_engine_labelvalues), 0)
+        MAILBOX.on_fault = lambda kind: self._fault(kind, first)
         MAILBOX.connected = True
         MAILBOX.partial = getattr(vllm_config.parallel_config, "_api_process_count", 1) > 1
 
@@ -102,12 +105,15 @@ class KVRouteMetrics(KVConnectorPromMetrics):  # type: ignore[misc]
         try:
             failed = deliver(transfer_stats_data.get("results", {}))
             if failed:
-                self._counters["faults"].labels(*self.per_engine_labelvalues[engine_idx], "mailbox").inc(failed)
+                self._fault("mailbox", engine_idx, failed)
             self._count(transfer_stats_data, self.per_engine_labelvalues[engine_idx])
         except Exception:  # noqa: BLE001 - see above
             _log.warning("kvroute could not count a step.", exc_info=True)
             with contextlib.suppress(Exception):
-                self._counters["faults"].labels(*self.per_engine_labelvalues[engine_idx], "metrics").inc()
+                self._fault("metrics", engine_idx)
+
+    def _fault(self, kind: str, engine_idx: int, count: int = 1) -> None:
+        self._counters["faults"].labels(*self.per_engine_labelvalues[engine_idx], kind).inc(count)
 
     def _count(self, payload: Mapping[str, Any], engine: list[object]) -> None:
         for name, counter in self._counters.items():

@@ -7,7 +7,6 @@ several prompts. Requests that ask nothing of kvroute pass through as they are. 
 
 from __future__ import annotations
 
-import contextlib
 import json
 import logging
 import secrets
@@ -123,7 +122,12 @@ class _Exchange:
                 self._slot = self._mailbox.expect(ids_of(self._kind, self._id, call.prompts), call.each)
                 self._call = call
         except Exception:  # noqa: BLE001 - the request goes on without
-            _log.warning("kvroute could not read what a request asks.", exc_info=True)
+            self._failed("read what a request asks")
+
+    def _failed(self, what: str) -> None:
+        """Called where an exception ends: what the client sends and gets is left as it is."""
+        _log.warning("kvroute could not %s.", what, exc_info=True)
+        self._mailbox.fault("middleware")
 
     # ------------------------------------------------------------------ the answer
 
@@ -131,7 +135,7 @@ class _Exchange:
         if message["type"] == "http.response.start":
             message = {**message, "headers": self._restored(message.get("headers", ()))}
             if self._call is not None and message["status"] == 200:
-                self._answer = _Stream() if _is_stream(message["headers"]) else _Whole(message)
+                self._answer = _Stream(self._failed) if _is_stream(message["headers"]) else _Whole(message)
                 if isinstance(self._answer, _Whole):
                     return  # its headers are known with its body
         elif message["type"] == "http.response.body" and self._answer is not None:
@@ -161,7 +165,7 @@ class _Exchange:
                 headers = [(n, v) for n, v in headers if n.lower() != b"content-length"]
                 headers += [(b"content-length", str(len(body)).encode()), *extra]
         except Exception:  # noqa: BLE001 - the answer goes out as it is
-            _log.warning("kvroute could not put a result into an answer.", exc_info=True)
+            self._failed("put a result into an answer")
         await self._send({**answer.start, "headers": headers})
         await self._send({**message, "body": body, "more_body": False})
 
@@ -191,7 +195,7 @@ class _Exchange:
             if isinstance(found, dict) and "choices" in found:
                 return b"data: " + dumped(await self._filled(found, answer.stopped)) + b"\n\n"
         except Exception:  # noqa: BLE001 - the chunk goes out as it is
-            _log.warning("kvroute could not put a result into a stream.", exc_info=True)
+            self._failed("put a result into a stream")
         return event
 
     async def _filled(self, body: dict[str, Any], stopped: set[int]) -> dict[str, Any]:
@@ -215,9 +219,14 @@ class _Whole:
 
 
 class _Stream:
-    """Events of a stream, of which one that may be the last before the end is held back until the next comes."""
+    """Events of a stream, of which one that may be the last before the end is held back until the next comes.
 
-    def __init__(self) -> None:
+    Args:
+        failed: is told what could not be done.
+    """
+
+    def __init__(self, failed: Callable[[str], None]) -> None:
+        self._failed = failed
         self.held = b""
         self.stopped: set[int] = set()
         self._rest = b""
@@ -237,8 +246,10 @@ class _Stream:
         # In a text of the model's these quotes would be escaped.
         ends = _FINISH in event
         if ends and b'"stop_reason":"' in event:
-            with contextlib.suppress(ValueError):
+            try:
                 self.stopped |= stops_of(json.loads(event[len(b"data:") :]))
+            except Exception:  # noqa: BLE001 - the chunk goes out as it is
+                self._failed("read which choices ended at a stop string")
         if ends or _USAGE in event:
             self.held = event
             return out

@@ -218,6 +218,12 @@ class SchedulerSide:
                 meta.requests.append(entry)
         return meta
 
+    def unsent(self) -> None:
+        """A step runs without what was to be read before it, so that the pages of what ended are no longer whole."""
+        for found in self._closing.values():
+            found.state.gone |= found.rest is not None
+            found.rest, found.blocks = None, ()
+
     def merge(self, results: StepResults | None) -> None:
         """Take what the workers read (ranks merged) and fill the results of requests that ended in the step."""
         try:
@@ -305,7 +311,7 @@ class SchedulerSide:
         computed = min(state.stop, end)
         whole = computed >= end or end < state.prompt_len
         if not (whole and self._entries.reaches(found.blocks, computed)):  # preempted, and ended before it ran again
-            state.gone = state.reads_answer and state.fed < end
+            state.gone |= state.reads_answer and state.fed < end
             return None
         state.stop = computed
         return self._entry_of_rest(request, state, found.blocks)

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from kvroute.errors import KVRouteError
 from kvroute.pooling import token_sums
 from kvroute.serving.answers import public_text
 from kvroute.serving.asks import Ask, vectors_of
@@ -30,6 +31,7 @@ from kvroute_kernels import KVView, Workspace, prepare
 
 _log = logging.getLogger(__name__)
 _TOO_LATE = "The engine did not let kvroute read the end of the answer in time."
+_GAP = "Some tokens of the answer were not read: what a step was to read was lost."
 _LOGGED = 5
 """Faults that are logged in full; all are counted."""
 
@@ -121,7 +123,10 @@ class WorkerSide:
             self._work(meta.requests, results)
             self._lost += self._looker.quiet_faults(results.looks)
         except Exception as error:  # noqa: BLE001 - the engine must not see it
-            self._give_up(meta.requests, error, results)
+            if meta.requests:
+                self._give_up(meta.requests, error, results)
+            else:
+                self.failed(error)
         results.held = len(self._asked) + len(self._board)
         results.seconds += time.perf_counter() - began
         self._results = results
@@ -204,7 +209,14 @@ class WorkerSide:
         prompts = [r for r in known if r.prompt and self._asked[r.id].prompt]
         if prompts:
             self._pool_prompts(prompts, results)
-        answers = [r for r in known if r.high > r.low and (self._asked[r.id].answer or self._asked[r.id].chain)]
+        answers = []
+        for r in known:
+            asked = self._asked[r.id]
+            if r.high > r.low and (asked.answer or asked.chain):
+                if r.low == (r.answer_start if asked.read is None else asked.read):
+                    answers.append(r)
+                else:  # what was to be read in between was lost on its way here
+                    self._give_up([r], KVRouteError(_GAP), results)
         if answers:
             self._feed(answers, results)
         return results
@@ -247,7 +259,10 @@ class WorkerSide:
 
     def _feed(self, requests: Sequence[StepRequest], results: StepResults) -> None:
         view = self._view(requests, [r.high for r in requests], [r.low - r.window for r in requests])
-        self._feeder.feed(view, requests, [self._asked[r.id] for r in requests], results)
+        asked = [self._asked[r.id] for r in requests]
+        self._feeder.feed(view, requests, asked, results)
+        for r, one in zip(requests, asked, strict=True):
+            one.read = r.high
 
     def _numbers(self, x: Tensor | None) -> Array | None:
         """On the host, copied out of the workspace."""

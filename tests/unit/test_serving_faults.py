@@ -53,6 +53,24 @@ def test_an_answer_whose_numbers_did_not_all_arrive_says_so(monkeypatch, lost):
     assert engine.states == 0
 
 
+@pytest.mark.parametrize("lost", [False, True])
+def test_numbers_are_missed_in_an_answer_that_ended_from_outside(monkeypatch, lost):
+    engine = Engine()
+    engine.add("a", 4, 8, ["answer:paper-mteb"])
+    engine.step(("a", 0, 4))
+    engine.step(("a", 4, 1))
+    with monkeypatch.context() as patch:
+        if lost:
+            patch.setattr(engine.workers[0], "results", lambda: None)
+        engine.step(("a", 5, 1))
+    engine.step(("a", 6, 1), abort={"a": 3})
+    assert list(engine.boxes["a"]["features"]) == ([] if lost else ["answer:paper-mteb"])
+    assert faults(engine) == ({"lost": 1} if lost else {})
+    engine.add("b", 4, 8, ["answer:paper-mteb"])
+    engine.step(("b", 0, 2), abort={"b": 0})
+    assert faults(engine) == {}
+
+
 @pytest.mark.parametrize("method", ["_work", "_guarded", "_read", "_resolve", "_view"])
 def test_a_worker_that_fails_costs_the_requests_of_its_step_their_features_alone(monkeypatch, method):
     engine = Engine()
@@ -81,6 +99,80 @@ def test_a_request_that_could_not_be_forgotten_does_not_stop_the_step(monkeypatc
     engine.side.merge(results)
     assert faults(engine) == {"hook": 1}
     assert run(engine, "b", seed=1)["error"] is None
+
+
+def losing(engine: Engine, monkeypatch, *, early: bool = False) -> None:
+    """From now on, what is to be read in a step is lost on its way; ``early``: before it is known what that is."""
+    step = engine.side.step
+
+    def lost(*given: Any) -> StepMeta:
+        if not early:
+            step(*given)
+        engine.side.unsent()  # as the connector does where its hook fails
+        return StepMeta()
+
+    monkeypatch.setattr(engine.side, "step", lost)
+
+
+@pytest.mark.parametrize("features", [["answer:paper-mteb"], FEATURES])
+@pytest.mark.parametrize("lost", range(5))
+def test_what_was_to_be_read_in_a_step_and_was_not_is_missed(monkeypatch, features, lost):
+    expected, engine = Engine(), Engine()
+    for one in (expected, engine):
+        one.add("a", 4, 8, features)
+        for step, (start, count) in enumerate(((0, 4), (4, 1), (5, 1), (6, 1), (7, 1))):
+            with monkeypatch.context() as patch:
+                if step == lost and one is engine:
+                    losing(one, patch)
+                one.step(("a", start, count), end=("a",) if step == 4 else ())
+        one.step()
+    good, box = expected.boxes["a"], engine.boxes["a"]
+    if lost == 0 and features != FEATURES:  # nothing is asked of the prompt
+        assert box == good
+        return
+    assert "answer:paper-mteb" not in box["features"]
+    assert all(vector == good["features"][name] for name, vector in box["features"].items())
+    assert all(s["value"] is None for name, s in box["scores"].items() if name != "length")
+    assert box["error"] or box["faults"]
+    assert sum(faults(engine).values()) == 1
+    assert engine.states == 0
+
+
+@pytest.mark.parametrize("aborted", [False, True])
+@pytest.mark.parametrize("early", [False, True])
+def test_pages_that_were_not_read_in_time_are_not_read(monkeypatch, aborted, early):
+    engine = Engine(late=True)
+    engine.add("a", 4, 28, ["answer:paper-mteb"], more=9)
+    engine.step(("a", 0, 4))
+    for start in range(4, 27):
+        engine.step(("a", start, 1))
+    assert engine.side._running[engine.id("a")].read > 4  # a piece
+    engine.step(("a", 27, 1), **({"abort": {"a": 25}} if aborted else {"end": ("a",)}))
+    with monkeypatch.context() as patch:
+        losing(engine, patch, early=early)
+        engine.step()
+    engine.memory[:] = 7.0  # somebody else's
+    engine.step()
+    engine.step()
+    box = engine.boxes["a"]
+    assert box["tokens"]["answer"] == 25
+    assert box["features"] == {}
+    assert len(box["faults"]) >= 1
+    assert engine.states == 0
+
+
+def test_a_step_that_only_ends_requests_counts_what_fails_in_it(monkeypatch):
+    engine = Engine()
+    run(engine, "a")
+    worker = engine.workers[0]
+    with monkeypatch.context() as patch:
+        patch.setattr(worker._looker, "take", raising)
+        worker.step(StepMeta(finished=["a"]))
+    results = worker.results()
+    assert results is not None
+    assert (results.lost, results.faults) == (1, {})
+    engine.side.merge(results)
+    assert faults(engine) == {"hook": 1}
 
 
 def test_a_scheduler_that_fails_in_the_middle_fills_the_result_later(monkeypatch):

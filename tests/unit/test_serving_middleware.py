@@ -38,9 +38,11 @@ class Server:
     pieces: int = 1
     mailbox: Mailbox = field(default_factory=Mailbox)
     seen: dict[str, Any] = field(default_factory=dict)
+    faults: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.mailbox.connected = True
+        self.mailbox.on_fault = self.faults.append
 
     async def app(self, scope: Any, receive: Any, send: Any) -> None:
         body = b""
@@ -347,6 +349,42 @@ async def test_headers_say_what_is_known():
     }
     unknown = {"decision": {"difficulty": None, "final_mode": "a\r\nb"}, "confidence": {"value": None}}
     assert headers_of(unknown) == headers_of({}) == headers_of({"decision": None}) == []
+
+
+def raising(*_: Any, **__: Any) -> Any:
+    raise RuntimeError("broken")
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("broken", ["read_call", "ids_of", "with_results", "dumped", "headers_of", "stops_of"])
+async def test_what_fails_in_the_middleware_is_counted_and_changes_no_answer(monkeypatch, broken, stream):
+    told = [chunk("a"), chunk("b", "stop", stop_reason="b"), DONE]
+    server = Server(told if stream else chat(), {"chatcmpl-X": result(5)}, pieces=3)
+    ask = {"stream": stream, **ASK}
+    expected = b"".join(e if isinstance(e, bytes) else b"data: " + dumped(e) + b"\n\n" for e in told)
+    expected = expected if stream else dumped(chat())
+    good = (await server.call(ask))[2]
+    assert good != expected
+    assert server.faults == []
+    monkeypatch.setattr(f"kvroute.serving.middleware.{broken}", raising)
+    body = (await server.call(ask))[2]
+    if broken == "headers_of" and stream:  # streams have none
+        assert (body, server.faults) == (good, [])
+        return
+    assert server.faults == ["middleware"]
+    if broken == "stops_of" and stream:  # all it costs is what is said of the tokens behind the stop string
+        assert events(body)[-2]["kv_transfer_params"]["kvroute"] == result(5)
+        assert b'"behind_stop":null' in good
+        return
+    assert body == expected
+
+
+async def test_a_fault_that_can_not_be_counted_changes_no_answer(monkeypatch):
+    server = Server(chat(), {"chatcmpl-X": result(5)})
+    monkeypatch.setattr("kvroute.serving.middleware.with_results", raising)
+    for count in (raising, None):
+        server.mailbox.on_fault = count
+        assert (await server.call(ASK))[2] == dumped(chat())
 
 
 def test_calls():
