@@ -101,8 +101,9 @@ format: $(VENV)/.test  ## let ruff format the code
 	@$(BIN)/ruff check --fix .
 	@$(BIN)/ruff format .
 
-bench: $(VENV)/.test  ## every script in benchmarks/ but those on vLLM, and what moved since the last run (QUICK=1: under a minute each; BASELINE=<folder of a run>)
+bench: $(VENV)/.test $(if $(QUICK),$(VLLM)/.done)  ## every script in benchmarks/ but those on vLLM, and what moved since the last run (BASELINE=<folder of a run>; QUICK=1: about a minute each, and those on vLLM too)
 	@$(BIN)/python benchmarks/run_all.py $(BENCH)
+	$(if $(QUICK),@$(VLLM_BIN)/python benchmarks/run_all.py --vllm $(BENCH))
 
 bench-vllm: $(VLLM)/.done  ## the scripts on vLLM, about ten minutes each, and what moved (QUICK=1: about one)
 	@$(VLLM_BIN)/python benchmarks/run_all.py --vllm $(BENCH)

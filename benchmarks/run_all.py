@@ -162,7 +162,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--baseline", type=Path, help="folder of the run to compare with")
     parser.add_argument("--out", type=Path, default=RESULTS, help="where runs are kept")
     parser.add_argument("--scripts", type=Path, default=HERE, help="where the scripts are")
-    parser.add_argument("--timeout", type=float, default=3600.0, help="seconds a script may take")
+    parser.add_argument("--timeout", type=float, default=40_000.0, help="seconds a script may take")
     parser.add_argument("--all", action="store_true", help="show the figures that did not move too")
     arguments = parser.parse_args(argv)
     scripts = scripts_in(arguments.scripts, vllm=arguments.vllm)

@@ -22,7 +22,6 @@ RANK_FIGURES = ("auroc", "aupr", "fpr95", "aurc")
 """Figures of a score; see :func:`rank_figures`."""
 MAP_FIGURES = ("brier", "ece")
 """Figures of a probability; see :func:`map_figures`."""
-LOWER_IS_BETTER = frozenset({"fpr95", "aurc", "brier", "ece"})
 
 _BINS = 10
 _TPR = 0.95

@@ -44,10 +44,7 @@ SETS: dict[str, Asked] = {
     "svamp": Asked("svamp", SUM),
     "multiarith": Asked("multiarith", SUM),
     "arc_easy": Asked("arc_easy1000", CHOICE, 24),
-    "arc_challenge": Asked("arc_challenge", CHOICE, 24),
     "commonsenseqa": Asked("commonsenseqa", CHOICE, 24),
-    "belebele": Asked("belebele_en", CHOICE, 24),
-    "gsm8k": Asked("gsm8k_train1000", SUM, 48),
 }
 
 

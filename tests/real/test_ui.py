@@ -1,4 +1,4 @@
-"""The page in a real browser: Debian's chromium, headless, on the tiny thinker. Skipped where there is none.
+"""The page in a real browser: Debian's chromium (or Chrome), headless, on the tiny thinker. Skipped where there is none.
 
 With ``KVROUTE_SCREENSHOTS=FOLDER`` the pictures of each view are kept there.
 """
@@ -25,7 +25,8 @@ from kvroute.ui.demo import THINKER_QUESTIONS
 
 pytestmark = pytest.mark.real
 
-CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
+CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
+DRIVER = shutil.which("chromedriver")
 if CHROMIUM is None or DRIVER is None:
     pytest.skip("chromium and its driver are not installed", allow_module_level=True)
 webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed")
