@@ -1,4 +1,4 @@
-"""The page in a real browser: Debian's chromium (or Chrome), headless, on the tiny thinker. Skipped where there is none.
+"""The page in a real browser: chromium or Chrome, headless, on the tiny thinker. Skipped where there is none.
 
 With ``KVROUTE_SCREENSHOTS=FOLDER`` the pictures of each view are kept there.
 """
