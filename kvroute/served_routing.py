@@ -142,7 +142,7 @@ class Batch:
         fixed = request.forced or (policy.kind if policy.kind in MODES else None)
         if self.stands(index) and fixed is not None:
             return Decision(fixed, why="forced" if request.forced else "policy", policy=policy.kind)
-        fault = _SILENT if served is None or served.error is None else served.error
+        fault = _SILENT if served is None else served.error or " ".join(served.faults) or _SILENT
         if generation.finish_reason == "cancelled":
             fault = "The work was cancelled before it was decided."
         return Decision(self._shown(request, generation.token_ids), why="fault", policy=policy.kind, fault=fault)

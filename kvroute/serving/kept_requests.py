@@ -28,6 +28,7 @@ class KeptRequest:
     tokens: Sequence[int]
     body: dict[str, Any] | None = None
     error: str | None = None
+    refused: str | None = None  # why it decides nothing, where something else is asked of it
     given: int = 0
     vectors: dict[str, tuple[Of, PoolingSpec]] = field(default_factory=dict)
     of: frozenset[Of] = frozenset()  # what the vectors are of

@@ -149,7 +149,13 @@ class SchedulerSide:
             state.last = length + given + limit - 1
             if self.off is None:
                 state.wants(vectors_of(ask, self._config))
-                state.decided = self._decisions.of(ask, tokens, length, limit, structured=structured)
+                try:
+                    state.decided = self._decisions.of(ask, tokens, length, limit, structured=structured)
+                except AskError as error:
+                    if not ask.features and ask.confidence is None:
+                        raise
+                    state.refused = public_text(error)
+                    self.tally.refused()
                 state.confidence = None if ask.confidence is None else self._config.catalog.head(ask.confidence)
             self.tally.asked(ask)
         except Exception as error:  # noqa: BLE001 - the engine must not see it
@@ -354,6 +360,7 @@ class SchedulerSide:
             if state.decided is not None:
                 self._end_decision(state, state.decided, result, answer)
             if state.error is None:
+                result.faults += [] if state.refused is None else [state.refused]
                 finish(state, result, answer, self._fault)
             box.update(result.to_dict())
             if state.seen and result.error is None and not result.faults and not _unread(result):

@@ -142,6 +142,34 @@ def test_one_token_and_beams(client):
     assert "beam" in found["error"]
 
 
+def test_structured_output(client):
+    """Features as ever; a policy is refused with the reason, and neither the answer nor a feature suffers."""
+    colours = {"type": "object", "properties": {"colour": {"enum": ["red", "blue"]}}, "required": ["colour"]}
+    schema = {"type": "json_schema", "json_schema": {"name": "colours", "schema": colours, "strict": True}}
+
+    def chat(**ask: Any) -> tuple[Any, Any]:
+        answer: Any = client.chat.completions.create(
+            model="model", messages=CHAT, max_tokens=60, temperature=0, response_format=schema,
+            extra_body={"kv_transfer_params": {"kvroute": ask}},
+        )  # fmt: skip
+        return answer, (answer.model_extra["kv_transfer_params"] or {}).get("kvroute")
+
+    plain, _ = chat()
+    text = plain.choices[0].message.content
+    assert json.loads(text)["colour"] in ("red", "blue")
+    alone, expected = chat(features=FEATURES)
+    assert set(expected["features"]) == {"prompt:paper-mteb", "answer:paper-mteb"}
+    assert expected["tokens"]["answer"] == plain.usage.completion_tokens
+    assert (expected["error"], expected["faults"]) == (None, [])
+    both, refused = chat(features=FEATURES, policy="policy")
+    check(refused, expected)
+    assert "A grammar constrains this answer" in " ".join(refused["faults"])
+    only, nothing = chat(mode="slow")
+    assert "A grammar constrains this answer" in nothing["error"]
+    assert refused["decision"] is nothing["decision"] is None
+    assert {a.choices[0].message.content for a in (alone, both, only)} == {text}
+
+
 async def test_a_request_that_is_left_harms_nobody(url):
     async with openai.AsyncOpenAI(base_url=f"{url}/v1", api_key="-", max_retries=0) as client:
         options: Any = {"model": "model", "temperature": 0, "extra_body": ASK, "stream": True}

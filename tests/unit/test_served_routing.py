@@ -48,6 +48,7 @@ class Deciding:
         self.stops: list[tuple[str, ...]] = []
         self.silent = False
         self.error: str | None = None
+        self.refused: str | None = None
 
     def generate(
         self, prompts: Any, *, options: SamplingOptions, decide: Any, features: Any = None, cancel: Any = None,
@@ -75,6 +76,8 @@ class Deciding:
         said = Result(decision=routed.decision)
         if self.error is not None:
             said = Result(error=self.error)
+        if self.refused is not None:
+            said = Result(faults=[self.refused])
         return replace(
             routed.generation,
             text="not looked at",
@@ -209,6 +212,8 @@ def test_what_the_engine_does_not_say(deciding: Deciding) -> None:
     assert router.health()["faults"] == 3
     deciding.silent, deciding.error = False, "The policy burnt."
     assert router.generate(PROMPTS[0], max_tokens=6).decision.fault == "The policy burnt."
+    deciding.error, deciding.refused = None, "A grammar constrains this answer."  # features came, no decision
+    assert router.generate(PROMPTS[0], max_tokens=6).decision.fault == "A grammar constrains this answer."
 
 
 def test_a_pair_of_instructions_stands_in_the_prompt(engine: TransformersEngine) -> None:

@@ -379,6 +379,34 @@ def test_what_cannot_be_decided_is_refused_with_the_reason(settings, ask, more, 
     assert server.boxes["a"]["decision"] is None
 
 
+@pytest.mark.parametrize(
+    ("settings", "ask", "more", "words"),
+    [
+        ({"runs_ahead": True}, {"policy": "two"}, {}, "schedules ahead"),
+        ({}, {"policy": "one"}, {"structured": True}, "grammar"),
+        ({}, {"mode": "fast"}, {"structured": True}, "grammar"),
+    ],
+)
+def test_a_refused_decision_costs_no_feature(settings, ask, more, words):
+    server = Server(POLICIES, confidence=replace(HEAD, target="correct"), **settings)
+    prompt, features = prompts(1)[0], ["prompt:best", "answer:paper-mteb", "kv-coe", "length"]
+    server.add("plain", prompt, {"features": features, "confidence": "right"}, limit=20)
+    server.add("a", prompt, {**ask, "features": features, "confidence": "right"}, limit=20, **more)
+    server.add("b", prompt, {**ask, "confidence": "right"}, limit=20, **more)
+    server.run()
+    plain, a, b = (server.boxes[name] for name in ("plain", "a", "b"))
+    assert server.answer("a") == server.answer("plain")
+    for name in ("features", "scores", "confidence", "tokens", "error"):
+        assert a[name] == plain[name]
+    assert len(plain["features"]) == 2
+    assert (b["confidence"], b["error"]) == (plain["confidence"], None)
+    for box in (a, b):
+        assert box["decision"] is None
+        assert len(box["faults"]) == 1
+        assert words in box["faults"][0]
+    assert server.side.tally.take()["asks"]["refused"] == 2
+
+
 def test_one_step_under_a_schedule_that_runs_ahead():
     server = Server(POLICIES, runs_ahead=True)
     prompt = prompts(1, seed=12)[0]

@@ -313,9 +313,14 @@ def test_a_wrong_ask_is_answered_and_no_ask_costs_nothing():
 
 def test_a_demand_that_is_not_met_is_refused_aloud():
     side = SchedulerSide(ServingConfig(), [4])
-    side.on_request("a", {"kvroute": {"features": ["length"], "mode": "fast"}}, 4)
+    side.on_request("a", {"kvroute": {"mode": "fast"}}, 4)
     assert not side.asked("a")
     assert "does not decide" in side.finished("a", 5)["error"]
+    side.on_request("b", {"kvroute": {"features": ["length"], "mode": "fast"}}, 4)
+    box = side.finished("b", 5)
+    side.merge(None)
+    assert (box["error"], box["scores"]["length"]["value"]) == (None, 5)
+    assert "does not decide" in box["faults"][0]
 
 
 def test_the_plane_picture_of_a_chain_keeps_small_angles():
