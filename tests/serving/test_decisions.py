@@ -22,6 +22,7 @@ from kvroute.confidence_maps import LogisticMap
 from kvroute.heads.head import DifficultyHead
 from kvroute.heads.models import RidgeModel
 from kvroute.info import ModelInfo
+from kvroute.serving.deciding import NOT_FORCED
 from tests.serving.processes import ROOT, run_module
 from tests.serving_files import a_head
 
@@ -34,6 +35,7 @@ COUNTS = {
     "vllm:num_preemptions": "preemptions",
 }
 LIMIT = 100
+PENALTY = 2.5
 TIE = 1e-3
 """Logits, and points of difficulty, that count as even."""
 
@@ -54,6 +56,7 @@ class Thinker:
         from questions import make_questions  # type: ignore[import-not-found]
 
         self.engine = TransformersEngine.from_pretrained(THINKER / "model", dtype=torch.float32)
+        self.close = self.engine.tokenizer.convert_tokens_to_ids("</think>")
         self.folder = folder
         shutil.copytree(THINKER / "head", folder / "head")
         head = DifficultyHead.load(folder / "head", self.engine.info)
@@ -74,6 +77,7 @@ class Thinker:
             "slow": Policy(kind="slow"),
             "random": Policy(kind="random", seed=4),
         }
+        self.policies["penalized"] = self.policies["two"]
         self.confidence = _confidence(self.engine.info)
         self.confidence.save(folder / "heads" / "right")
         self.routed = {}
@@ -89,6 +93,7 @@ class Thinker:
                 chats,
                 max_tokens=LIMIT,
                 temperature=0.0,
+                repetition_penalty=self._penalty(name),
                 features={"answer": AnswerPooling(PoolingSpec(layers="last:2")), "chain": ChainSpec()},
             )
 
@@ -108,7 +113,7 @@ class Thinker:
                 seen["tie"] += 1
                 continue
             if there != expected[: len(there)] or len(there) < min(len(expected), LIMIT):
-                assert self._even(prompt, expected, there), (expected, there)
+                assert self._even(prompt, expected, there, self._penalty(name)), (expected, there)
                 seen["tie"] += 1
                 continue
             assert (found["why"], found["policy"]) == (decision.why, decision.policy)
@@ -128,12 +133,19 @@ class Thinker:
         assert seen["tie"] <= 1
         return seen
 
-    def _even(self, prompt: list[int], expected: list[int], there: list[int]) -> bool:
+    def _even(self, prompt: list[int], expected: list[int], there: list[int], penalty: float) -> bool:
         """Whether two answers part where both tokens are as likely."""
         place = next(i for i, (a, b) in enumerate(zip(expected, there, strict=False)) if a != b)
+        before = [*prompt, *expected[:place]]
         with torch.no_grad():
-            logits = self.engine.model(torch.tensor([[*prompt, *expected[:place]]])).logits[0, -1]
+            logits = self.engine.model(torch.tensor([before])).logits[0, -1]
+        seen = logits[before]
+        logits[before] = torch.where(seen < 0, seen * penalty, seen / penalty)
         return float(logits.max() - logits[there[place]]) < TIE
+
+    @staticmethod
+    def _penalty(name: str) -> float:
+        return PENALTY if name == "penalized" else 1.0
 
 
 def _confidence(info: ModelInfo) -> DifficultyHead:
@@ -180,6 +192,7 @@ def serve(thinker: Thinker, folder: Path, engine: dict, jobs: list[dict]) -> tup
 def test_the_same_answers_as_on_transformers(thinker, tmp_path):
     many = len(thinker.prompts)
     features = {"answer": {"of": "answer", "layers": "last:2"}, "chain": "kv-coe"}
+    alone = {"prompts": [thinker.prompts[0]] * 2}
     mixed = [{"policy": "one"}, {"policy": "two"}, None, {"policy": "random"}, {"mode": "fast"}]
     jobs = [
         {"asks": [{"policy": "one"}] * many},
@@ -198,9 +211,21 @@ def test_the_same_answers_as_on_transformers(thinker, tmp_path):
             "prompts": thinker.prompts[:1],
             "params": {"frequency_penalty": 2.0, "repetition_penalty": 5.0, "max_tokens": 12, "temperature": 0.7},
         },
+        {"asks": [{"policy": "penalized"}] * many, "params": {"repetition_penalty": PENALTY}},
+        {
+            "asks": [{"policy": "two"}] * many,
+            "params": {"presence_penalty": 2.0, "frequency_penalty": 2.0, "repetition_penalty": 5.0, "max_tokens": 40},
+        },
+        *({"asks": [{"policy": "slow"}, None], **alone, "params": {"thinking_token_budget": n}} for n in (3, 0)),
+        {"asks": [{"policy": "slow"}], "prompts": thinker.prompts[:1]},
     ]
-    got, counts = serve(thinker, tmp_path, {"max_num_batched_tokens": 64, "enable_prefix_caching": False}, jobs)
-    one, two, plain, shadow, both, single, three, penalties = got
+    engine = {
+        "max_num_batched_tokens": 64,
+        "enable_prefix_caching": False,
+        "reasoning_config": {"reasoning_start_str": "<think>", "reasoning_end_str": "</think>"},
+    }
+    got, counts = serve(thinker, tmp_path, engine, jobs)
+    one, two, plain, shadow, both, single, three, penalties, penalized, presence, short, none, slow = got
 
     seen = thinker.check("one", one)
     assert seen["fast"] > 2
@@ -262,6 +287,27 @@ def test_the_same_answers_as_on_transformers(thinker, tmp_path):
         assert tokens[: len(thinker.suffixes[mode])] == thinker.suffixes[mode]
     mode = one[0]["result"]["decision"]["mode"]
     assert penalties[0]["answers"][0][: len(thinker.suffixes[mode])] == thinker.suffixes[mode]
+
+    # penalties count the tokens that were forced, as a router's own
+    seen = thinker.check("penalized", penalized)
+    assert seen["to fast"] + seen["to slow"] > 0
+    assert sum(a["answers"] != b["answers"] for a, b in zip(penalized, two, strict=True)) > 5
+    # and no penalty keeps one from being forced: a decision would say so in its fault
+    decisions = [answer["result"]["decision"] for answer in presence]
+    assert {d["fault"] for d in decisions} == {None}
+    assert any(d["switch"] is not None and d["switch"]["forced"] for d in decisions)
+
+    # vLLM's own budget of thinking tokens comes last: it closes our thought where it closes any, and where that falls
+    # among the mode's own tokens these are overruled, which the decision says
+    begin = thinker.suffixes["slow"]
+    whole_thought = slow[0]["answers"][0].index(thinker.close)
+    for budget, answers in ((3, short), (0, none)):
+        ours, theirs = (a["answers"][0] for a in answers)
+        assert ours.index(thinker.close) == 1 + budget < whole_thought
+        assert theirs.index(thinker.close) - theirs.index(begin[0]) == 1 + budget
+        decision = answers[0]["result"]["decision"]
+        assert (decision["mode"], decision["fault"]) == ("slow", None if budget else NOT_FORCED)
+        assert ours[: len(begin)] == begin if budget else ours[: len(begin)] != begin
 
 
 def test_preemption_and_a_tiny_cache(thinker, tmp_path):
