@@ -22,6 +22,7 @@ MIDDLEWARE: Final = (
 )
 _FORCING: Final = "kvroute.serving.logits_processor:ForcedTokens"
 _ASYNC: Final = ("--async-scheduling", "--no-async-scheduling")
+_DETAILS: Final = ("--enable-prompt-tokens-details", "--no-enable-prompt-tokens-details")
 _OURS: Final = ("--kv-transfer-config", "--kv_transfer_config")
 
 
@@ -82,6 +83,8 @@ def server_command(
         transfer["kv_connector_module_path"] = "kvroute.serving.connector"
         if unread is None:  # under speculative decoding vLLM does not start with any
             command += ["--logits-processors", _FORCING]
+    if not any(o in _DETAILS for o in options):
+        command.append(_DETAILS[0])  # else usage says nothing of tokens that came from the prefix cache
     if looks_twice(config) and not any(o.split("=")[0] in _ASYNC for o in options):
         command.append("--no-async-scheduling")
     if extra:

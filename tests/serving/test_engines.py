@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import sys
 import urllib.error
@@ -65,6 +66,12 @@ def close(found: Any, expected: Any) -> None:
     np.testing.assert_allclose(np.asarray(found), expected, rtol=0, atol=5e-5 * np.abs(expected).max())
 
 
+def written(url: str) -> float:
+    """Tokens that a server says it wrote."""
+    page = urllib.request.urlopen(f"{url}/metrics", timeout=30).read().decode()
+    return sum(float(n) for n in re.findall(r"^vllm:generation_tokens_total\{.*\} (\S+)$", page, re.MULTILINE))
+
+
 def test_embeddings_by_the_stock_client(url: str, engine: TransformersEngine) -> None:
     stock = openai.OpenAI(base_url=f"{url}/v1", api_key=KEY, max_retries=0)
     spec = PoolingSpec(layers="last:2", part="v", heads="concat", window=4)
@@ -86,6 +93,16 @@ def test_embeddings_by_the_stock_client(url: str, engine: TransformersEngine) ->
         found = stock.embeddings.create(input=ids, **how)  # type: ignore[call-overload]
         close([d.embedding for d in found.data], expected)
         assert found.usage.prompt_tokens == sum(map(len, ids))
+
+    # a text that was read before is read from the prefix cache, and each text costs the one token that vLLM must write
+    long = "run " + ";".join(f"{i}a+{i}b*{i}" for i in range(20))
+    assert 128 < len(engine.tokenize_texts([long])[0]) < 200
+    before = written(url)
+    for texts, cached in (([long], 0), ([long, f"{long}7", TEXTS[0]], 256)):
+        found = stock.embeddings.create(input=texts, model="thinker")
+        assert (found.usage.model_extra or {})["prompt_tokens_details"]["cached_tokens"] == cached
+        close([d.embedding for d in found.data], KVEmbedder(engine, "best").encode(texts))
+    assert written(url) - before == 4
     for wrong, status in (({"model": "another"}, 404), ({"input": "a" * 900}, 400), ({"dimensions": 3}, 400)):
         with pytest.raises(openai.APIStatusError) as caught:
             stock.embeddings.create(**{"model": "thinker", "input": "a", **wrong})  # type: ignore[arg-type]

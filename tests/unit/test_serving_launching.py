@@ -54,6 +54,9 @@ def test_the_command(tmp_path: Path) -> None:
     assert option(file, "--served-model-name") == ["m"]
     # a two-step policy looks at what was written, which an engine that schedules ahead does not have yet
     assert made.count("--no-async-scheduling") == file.count("--no-async-scheduling") == 1
+    details = "--enable-prompt-tokens-details"
+    for options in ([], [details], ["--no-enable-prompt-tokens-details"]):  # else usage has no cached tokens
+        assert server_command("m", options=options).count(details) == (details in options or not options)
     own = server_command("m", policies=tmp_path / "policies", options=["--async-scheduling"])
     assert "--no-async-scheduling" not in own + server_command("m")
 
