@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 MODES: Final[tuple[Mode, ...]] = ("fast", "slow")
 """Policies that every engine has."""
 _NOT_HERE: Final = {"head": None, "drift": None, "guarantee": None}
-"""What of a policy a server does not tell."""
+"""What of a policy a server does not tell, and an engine in this process does."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +59,8 @@ class EnginePolicy:
             policy = Policy.load(path)
         if policy.kind in MODES and not policy.shadow:
             return cls(policy)
-        same = [name for name, other in there.items() if other == policy.model_copy(update=_NOT_HERE)]
+        plain = policy.model_copy(update=_NOT_HERE)
+        same = [name for name, other in there.items() if other.model_copy(update=_NOT_HERE) == plain]
         if not same:
             raise InvalidInputError(
                 f"{'This policy' if isinstance(given, Policy) else given} is not loaded in the engine, which decides "

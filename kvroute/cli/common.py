@@ -43,10 +43,13 @@ CHUNK = 256
 """Rows a chunk of a run that can be resumed."""
 
 
-def load_engine(model: str, dtype: str, device: str | None, engine: str = "transformers") -> TransformersEngine:
+def load_engine(
+    model: str, dtype: str, device: str | None, engine: str = "transformers", *, policy: str | None = None
+) -> TransformersEngine:
     """The engine that a command works with, loaded without transformers' own progress bars.
 
-    Those of vLLM's have the same interface as far as the commands use it; they are closed when the command ends.
+    Those of vLLM's have the same interface as far as the commands use it; they are closed when the command ends. vLLM
+    in this process decides under the policies that lie beside ``policy``; a server has its own.
 
     Raises:
         InvalidInputError: no such engine, or an option that it does not take.
@@ -56,7 +59,7 @@ def load_engine(model: str, dtype: str, device: str | None, engine: str = "trans
 
     transformers_logging.disable_progress_bar()
     if engine != "transformers":
-        found: Any = _vllm(model, dtype, device, engine)
+        found: Any = _vllm(model, dtype, device, engine, policy)
         _open.append(found)
         return cast("TransformersEngine", found)
     from kvroute import TransformersEngine
@@ -64,7 +67,7 @@ def load_engine(model: str, dtype: str, device: str | None, engine: str = "trans
     return TransformersEngine.from_pretrained(model, dtype=dtype, device=device)
 
 
-def _vllm(model: str, dtype: str, device: str | None, engine: str) -> VLLMEngine | VLLMClient:
+def _vllm(model: str, dtype: str, device: str | None, engine: str, policy: str | None) -> VLLMEngine | VLLMClient:
     if device is not None:
         raise InvalidInputError(
             "--device is for --engine transformers.", hint="vLLM takes the device it was built for."
@@ -72,7 +75,8 @@ def _vllm(model: str, dtype: str, device: str | None, engine: str) -> VLLMEngine
     if engine == "vllm":
         from kvroute import VLLMEngine
 
-        return VLLMEngine(model, dtype=dtype)
+        os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")  # standard output is for what was asked for
+        return VLLMEngine(model, policies=None if policy is None else _policies_beside(policy), dtype=dtype)
     urls = names_in(engine) or []
     if not all(url.startswith(("http://", "https://")) for url in urls) or not urls:
         raise InvalidInputError(f"The engine is transformers, vllm or an address, not {engine!r}.")
@@ -93,6 +97,14 @@ def _vllm(model: str, dtype: str, device: str | None, engine: str) -> VLLMEngine
         client.close()
         raise
     return client
+
+
+def _policies_beside(policy: str) -> Path | None:
+    """The folder of a policy's file, which is read in another process; None for a mode."""
+    from kvroute.policy import find_policy
+
+    folder = find_policy(policy)[1]
+    return None if folder is None else folder.resolve()
 
 
 _open: list[VLLMEngine | VLLMClient] = []

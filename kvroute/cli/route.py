@@ -79,7 +79,7 @@ def command(
     if file is not None and not rows:
         raise InvalidInputError(f"{file} holds no question.")
     prompts = [_prompt(row, prompt, file, number) for number, row in rows]
-    engine = load_engine(model, dtype, device, engine_name)
+    engine = load_engine(model, dtype, device, engine_name, policy=policy)
     max_tokens = min(1024, engine.info.context // 2) if max_tokens is None else max_tokens
     router = Router(
         engine,

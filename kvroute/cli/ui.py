@@ -113,7 +113,7 @@ def _desk(
     from kvroute.ui.desk import Desk, Example
     from kvroute.ui.labelled import Labelled
 
-    engine = load_engine(model, dtype, device, engine_name)
+    engine = load_engine(model, dtype, device, engine_name, policy=policy)
     given: DifficultyHead | str | None = confidence
     if confidence is not None and not (decides_inside(engine) and not Path(confidence).is_dir()):
         given = DifficultyHead.load(confidence, engine.info)

@@ -244,6 +244,9 @@ def test_policies_that_the_engine_does_not_have(deciding: Deciding, tmp_path: Pa
         assert "fast, into, one, out, slow" in str(caught.value)
     Policy(kind="one-step", head="elsewhere").save(tmp_path / "same.json")
     assert Router(made, tmp_path / "same.json").served.name == "one"  # type: ignore[union-attr]
+    whole = made.about.policies["one"].model_copy(update={"head": "its", "drift": "own"})
+    made.about = replace(made.about, policies={**made.about.policies, "one": whole})  # as one of this process has it
+    assert Router(made, tmp_path / "same.json").served.name == "one"  # type: ignore[union-attr]
     assert Router(made, Policy(kind="two-step", every=4)).served.name == "out"  # type: ignore[union-attr]
     Policy(kind="one-step", tau=40).save(tmp_path / "another.json")
     with pytest.raises(InvalidInputError, match="kvroute serve"):

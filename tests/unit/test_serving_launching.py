@@ -15,6 +15,7 @@ import pytest
 
 from kvroute import cli
 from kvroute.cli.common import KEY_VARIABLE
+from kvroute.engines import vllm_engine
 from kvroute.errors import InvalidInputError, MissingExtraError
 from kvroute.serving import launching
 from kvroute.serving.about import About
@@ -196,6 +197,41 @@ def test_without_vllm(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(launching.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(MissingExtraError):
         launching.require_vllm()
+
+
+# ---------------------------------------------------------------------- --engine vllm
+
+
+def test_vllm_in_this_process_has_the_policies_that_are_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made: list[Any] = []
+
+    def engine(model: str, **options: Any) -> Any:
+        made.append((model, options, os.environ["VLLM_LOGGING_STREAM"]))
+        raise InvalidInputError("No further.")
+
+    monkeypatch.setattr(vllm_engine, "VLLMEngine", engine)
+    monkeypatch.setenv("KVROUTE_POLICIES", str(write_policy(tmp_path / "named", "mine")))
+    monkeypatch.delenv("VLLM_LOGGING_STREAM", raising=False)
+    write_policy(tmp_path / "file", "own")
+    monkeypatch.chdir(tmp_path)
+    route = ["route", "--ask", "what?", "--model", "m", "--engine", "vllm", "--dtype", "float32"]
+    folders = {"mine": tmp_path / "named", "file/own.json": tmp_path / "file", "slow": None}
+    for policy, folder in folders.items():
+        with pytest.raises(SystemExit):
+            run([*route, "--policy", policy])
+        # what vLLM logs belongs to no answer
+        assert made.pop() == ("m", {"policies": folder, "dtype": "float32"}, "ext://sys.stderr")
+    with pytest.raises(SystemExit):
+        run(["ask", "what?", "--model", "m", "--engine", "vllm"])
+    assert made.pop()[1] == {"policies": None, "dtype": "auto"}
+    capsys.readouterr()
+    for policy, why in (("yours", "There are: mine"), ("none.json", "none.json")):  # before anything is started
+        with pytest.raises(SystemExit):
+            run([*route, "--policy", policy])
+        assert why in capsys.readouterr().err
+    assert not made
 
 
 # ---------------------------------------------------------------------- --engine URL
