@@ -56,6 +56,23 @@ def test_records_hold_what_the_model_says_of_its_answer() -> None:
     }
 
 
+@pytest.mark.parametrize(
+    "given", [{}, {"threshold": 0.5, "on_low_confidence": lambda _: None}, {"evaluator": lambda *_: 0.5}], ids=str
+)
+async def test_an_event_loop_is_left_for_what_may_take_long_alone(given: dict[str, Any]) -> None:
+    class Watched(SelfEvaluationCallbackHandler):
+        threads: set[int]
+
+        def on_llm_end(self, *args: Any, **more: Any) -> None:
+            self.threads = {threading.get_ident()}
+            super().on_llm_end(*args, **more)
+
+    handler = Watched(**given)
+    await ScriptedChat(answers=[said("a", 0.25)]).ainvoke("q", asked(handler))
+    assert len(handler.records) == 1
+    assert (threading.get_ident() in handler.threads) == (not given)
+
+
 def test_answers_without_a_confidence_are_counted_by_reason() -> None:
     handler = SelfEvaluationCallbackHandler(threshold=0.5)
     answers = [AIMessage("plain"), said("b", None, reason="no head"), said("c", None), said("d", float("nan"))]
