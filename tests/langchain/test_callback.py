@@ -57,7 +57,9 @@ def test_records_hold_what_the_model_says_of_its_answer() -> None:
 
 
 @pytest.mark.parametrize(
-    "given", [{}, {"threshold": 0.5, "on_low_confidence": lambda _: None}, {"evaluator": lambda *_: 0.5}], ids=str
+    "given",
+    [{}, {"threshold": 0.5, "on_low_confidence": lambda _: None}, {"evaluator": lambda *_: 0.5}],
+    ids=["alone", "hook", "evaluator"],
 )
 async def test_an_event_loop_is_left_for_what_may_take_long_alone(given: dict[str, Any]) -> None:
     class Watched(SelfEvaluationCallbackHandler):
