@@ -5,6 +5,8 @@ They run where vLLM is installed (``.venv-vllm/bin/python``, which ``make test-v
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import logging
 import multiprocessing
 import os
@@ -12,6 +14,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -23,8 +26,12 @@ if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
 from kvroute import TransformersEngine  # noqa: E402
-from kvroute.chains import ChainState  # noqa: E402
+from kvroute.chains import ChainState, chain_scores, named_scores  # noqa: E402
 from kvroute.pooling import PoolingSpec, pool  # noqa: E402
+from kvroute.scores import Score  # noqa: E402
+from kvroute.serving.mailbox import MAILBOX  # noqa: E402
+from kvroute_kernels import KVView, paged_pool  # noqa: E402
+from kvroute_kernels.chain_step import token_vectors  # noqa: E402
 from tests.serving.processes import environment  # noqa: E402
 
 T = TypeVar("T")
@@ -111,6 +118,56 @@ def sampling(ask: Mapping[str, Any] | None, **options: Any) -> Any:
     return SamplingParams(**({"temperature": 0.0} | options), extra_args=extra)
 
 
+@dataclass
+class Answered:
+    """One request to an ``LLM``.
+
+    Attributes:
+        output: vLLM's own.
+        results: what came with the statistics, by the answer's number; empty without kvroute.
+    """
+
+    output: Any
+    results: dict[int, dict[str, Any]]
+
+
+def answer(
+    engine: Any,
+    requests: Mapping[str, tuple[Sequence[int], Any]],
+    within: contextlib.AbstractContextManager[Any] | None = None,
+) -> dict[str, Answered]:
+    """Have an ``LLM`` of this process answer requests at once, and wait for all that is said of them.
+
+    Args:
+        engine: it, with its statistics on.
+        requests: tokens of the prompt and ``SamplingParams``, by the id that the request is to have.
+        within: context of all that the engine does.
+    """
+    return asyncio.run(_answer(engine, requests, within or contextlib.nullcontext()))
+
+
+async def _answer(
+    engine: Any, requests: Mapping[str, tuple[Sequence[int], Any]], within: contextlib.AbstractContextManager[Any]
+) -> dict[str, Answered]:
+    from vllm.sampling_params import RequestOutputKind
+
+    core, outputs = engine.llm_engine, {}
+    with contextlib.ExitStack() as stack:
+        slots = {name: stack.enter_context(MAILBOX.expect([name], p.n)) for name, (_, p) in requests.items()}
+        with within:
+            for name, (prompt, params) in requests.items():
+                params.output_kind = RequestOutputKind.FINAL_ONLY  # as LLM.generate
+                core.add_request(name, {"prompt_token_ids": list(prompt)}, params)
+            while core.has_unfinished_requests():
+                outputs |= {o.request_id: o for o in core.step() if o.finished}
+            if hasattr(core.engine_core, "engine_core"):  # one apart makes this step unasked, and says nothing of it
+                core.step()  # the workers hear of the last end, and tell what they read behind it
+        return {
+            name: Answered(outputs[name], {sample: result for (_, sample), result in slot.results.items()})
+            for name, slot in slots.items()
+        }
+
+
 def metrics(engine: Any) -> dict[str, float]:
     """An engine's counters and gauges by name, summed over labels; needs its ``disable_log_stats=False``."""
     found: dict[str, float] = {}
@@ -161,10 +218,20 @@ class Alone:
             sif = [self.engine.sif_weights(spec.sif_a)[torch.tensor(kept)]] if spec.weights == "sif" else None
             layers = self.engine.info.num_layers
             vector = pool(view, spec, num_layers=layers, start=[start], stop=[stop], sif_weights=sif)
-            found[name] = vector[0].float().numpy()
-        chain = ChainState(1, num_layers=self.engine.info.num_layers)
-        chain.update_view(view, [0], [prompt], [len(kept)])
-        for name, score in chain.scores().items():
-            if score.value is not None:
-                found[name] = score.value
-        return found
+            found[name] = vector[0].numpy()
+        if view.dtype == torch.float64:
+            scores = _exact_chains(view, prompt, len(kept))
+        else:
+            chain = ChainState(1, num_layers=self.engine.info.num_layers)
+            chain.update_view(view, [0], [prompt], [len(kept)])
+            scores = chain.scores()
+        return found | {name: score.value for name, score in scores.items() if score.value is not None}
+
+
+def _exact_chains(view: KVView, start: int, stop: int) -> dict[str, Score]:
+    """Scores of both chains in float64, in which :class:`ChainState` does not keep its vectors."""
+    if start == stop:
+        return {}
+    sums = paged_pool(view, start=[start], stop=[stop])
+    by_layer = torch.cat([x[0].flatten(1) for x in (sums.keys, sums.values) if x is not None], dim=1)
+    return named_scores(chain_scores(token_vectors(view, 0, start, stop)), chain_scores(by_layer / (stop - start)))
