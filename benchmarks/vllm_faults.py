@@ -120,7 +120,10 @@ def _places(calls: Mapping[Way, Calls], wanted: int | None, rng: random.Random) 
 def _fault(served: Served, way: Way, point: Point, at: int) -> dict[str, Any]:
     """A batch in which one call throws."""
     thrown: list[int] = []
-    batch = served.batch(way, within=throwing(point, at, thrown))
+    try:
+        batch = served.batch(way, within=throwing(point, at, thrown))
+    except Exception as error:
+        raise RuntimeError(f"{point}, call {at}, {way.name}: the engine died of it: {error}") from error
     # a good one, so that the breaker sees no row of faults; what failed last is told with the next step
     after = served.batch(way)
     row = {"point": point, "way": way.name, "module": point.module, "thrown": len(thrown), **vars(batch)}

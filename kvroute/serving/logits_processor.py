@@ -85,9 +85,9 @@ class ForcedTokens(LogitsProcessorV1, LogitsProcessorV2):  # type: ignore[misc]
 
     def apply(self, logits: Tensor, ctx: Any = None) -> Tensor:
         """Force what is due in this step. V1 gives no context, V2 does."""
-        if not len(BOARD):
-            return logits
         try:
+            if not len(BOARD):
+                return logits
             due = self._due_v1() if ctx is None else self._due_v2(ctx, logits.shape[0])
             due = [(row, token) for row, token in due if row < logits.shape[0] and 0 <= token < logits.shape[1]]
             if due:

@@ -105,6 +105,20 @@ def test_a_fault_in_it_leaves_the_logits(board):
     board.put("a", 0, [3])
     logits = torch.randn(1, 8)
     assert torch.equal(it.apply(logits.clone()), logits)
+    assert board.faults == 1
+
+
+@pytest.mark.parametrize("method", ["__len__", "token"])
+def test_a_fault_of_the_board_leaves_the_logits(board, monkeypatch, method):
+    it = processor_v1()
+    it.update_state(update(1, added=[(0, params("a"), [1], [])]))
+    board.put("a", 0, [3])
+    logits = torch.randn(1, 8)
+    with monkeypatch.context() as patch:
+        patch.setattr(Board, method, lambda *_: 1 / 0)
+        assert torch.equal(it.apply(logits.clone()), logits)
+    assert board.faults == 1
+    assert forced(it.apply(logits)) == {0: 3}
 
 
 def test_v2_keeps_slots_and_reads_lengths(board):
