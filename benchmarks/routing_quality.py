@@ -27,7 +27,7 @@ from kvroute import TransformersEngine
 from kvroute.label_rows import LabelRow
 from kvroute.routing_curves import Modes
 from kvroute.routing_intervals import Estimate, Resamples, at_equal_accuracy, compare_gaps, gap_recovered, point_figures
-from quality.answers import SETS, Prompts, answered, questions, read_prompts
+from quality.answers import SETS, Prompts, both_answers, questions, read_prompts
 from quality.crossfit import Judged, SetAuroc, fit_and_judge, transfer
 
 COUNTS_FROM = 5.0
@@ -68,7 +68,7 @@ def rows_and_prompts(arguments: argparse.Namespace) -> tuple[str, dict[str, list
             source = qwen_folder()
         engine = TransformersEngine.from_pretrained(str(source), dtype=arguments.dtype, token_budget=8192)
         asked = {name: questions(arguments.data, name, arguments.rows) for name in arguments.sets.split(",")}
-        sets = answered(engine, asked, arguments.cache)
+        sets = both_answers(engine, asked, arguments.cache)
     name = MODELS.get(arguments.model, engine.info.name)
     if arguments.answers_only:
         return name, sets, None

@@ -8,13 +8,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from _questions import question_set
 from kvroute import TransformersEngine
 from kvroute.checkers import check
 from kvroute.generation import Generation, TokenIds
 from kvroute.label_rows import Attempt, LabelMeta, LabelRow, read_labels, write_meta
 from kvroute.labelling import Labeller
-from kvroute.questions import Question, read_questions
-from kvroute.rows import PartialRun, parse_jsonl
+from kvroute.questions import Question
+from kvroute.rows import PartialRun
 from kvroute.skeletons import skeleton_digest
 from kvroute.thinking import ThinkingMode
 
@@ -30,21 +31,19 @@ class Asked:
     """How a set of questions is asked.
 
     Attributes:
-        file: in the folder of questions.
         prompt: the user's message.
         max_tokens: of an answer.
     """
 
-    file: str
     prompt: str
     max_tokens: int = 32
 
 
 SETS: dict[str, Asked] = {
-    "svamp": Asked("svamp", SUM),
-    "multiarith": Asked("multiarith", SUM),
-    "arc_easy": Asked("arc_easy1000", CHOICE, 24),
-    "commonsenseqa": Asked("commonsenseqa", CHOICE, 24),
+    "svamp": Asked(SUM),
+    "multiarith": Asked(SUM),
+    "arc_easy": Asked(CHOICE, 24),
+    "commonsenseqa": Asked(CHOICE, 24),
 }
 
 
@@ -53,8 +52,7 @@ def answered(
 ) -> tuple[list[LabelRow], LabelMeta]:
     """The first ``count`` questions of a set with the model's greedy answers; taken from ``folder`` where they are."""
     asked = SETS[name]
-    text = (data / "qa" / f"{asked.file}.jsonl").read_text(encoding="utf-8")
-    questions = read_questions(parse_jsonl(text, asked.file)[:count], asked.file)
+    questions = question_set(data, name, count)
     labeller = Labeller(
         engine, thinking=PLAIN, prompt=asked.prompt, max_tokens={"fast": asked.max_tokens, "slow": asked.max_tokens}
     )

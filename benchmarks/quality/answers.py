@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from _questions import question_set
 from kvroute import TransformersEngine
 from kvroute.files import read_tensors, write_tensors
 from kvroute.heads.features import Reach, SumStore
@@ -20,48 +21,46 @@ from kvroute.label_rows import LabelRow, meta_path, read_labels, usable
 from kvroute.labelling import Labeller
 from kvroute.pooling import PRESETS, PoolingSpec
 from kvroute.progress import progress_bar
-from kvroute.questions import Question, read_questions
+from kvroute.questions import Question
 from kvroute.routing_baselines import minilm_vectors
-from kvroute.rows import parse_jsonl
 from kvroute.thinking import ThinkingMode
 from kvroute_kernels import paged_pool
 
 
 @dataclass(frozen=True)
-class Asked:
-    """How a set is asked.
+class TwoWays:
+    """How a set is asked in both modes.
 
     Attributes:
-        file: in the folder ``qa``.
         thinking: what makes the model answer at once, or step by step.
         limits: tokens of an answer at most, by mode.
     """
 
-    file: str
     thinking: ThinkingMode
     limits: dict[str, int]
 
     @classmethod
-    def numbers(cls, file: str, slow: int) -> Asked:
+    def expressions(cls, slow: int, fast: int = 16) -> TwoWays:
         """For an answer that is a number or an expression: kvroute's own pair of instructions."""
-        return cls(file, ThinkingMode.instructions(), {"fast": 16, "slow": slow})
+        return cls(ThinkingMode.instructions(), {"fast": fast, "slow": slow})
 
     @classmethod
-    def choices(cls, file: str) -> Asked:
+    def choices(cls) -> TwoWays:
         """For a letter among choices."""
         thinking = ThinkingMode.instructions(
             fast="\nAnswer at once, without any explanation. Write (<letter>) alone.",
             slow="\nThink step by step in short sentences, without code, then end with: The answer is (<letter>).",
         )
-        return cls(file, thinking, {"fast": 16, "slow": 112})
+        return cls(thinking, {"fast": 16, "slow": 112})
 
 
 SETS = {
-    "multiarith": Asked.numbers("multiarith", 224),
-    "svamp": Asked.numbers("svamp", 224),
-    "gsm8k": Asked.numbers("gsm8k_test", 256),
-    "arc_easy": Asked.choices("arc_easy1000"),
-    "commonsenseqa": Asked.choices("commonsenseqa"),
+    "multiarith": TwoWays.expressions(224),
+    "svamp": TwoWays.expressions(224),
+    "gsm8k": TwoWays.expressions(256),
+    "math": TwoWays.expressions(320, fast=32),
+    "arc_easy": TwoWays.choices(),
+    "commonsenseqa": TwoWays.choices(),
 }
 _KIND = "kvroute.benchmark-prompts"
 _REACHES: tuple[Reach, ...] = (("all", None), ("last", None), ("window", 64))
@@ -70,12 +69,12 @@ _CHUNK = 64
 
 def questions(folder: Path, name: str, count: int) -> list[Question]:
     """The first rows of a set in the order of a hash of their ids, which no one chose."""
-    path = folder / "qa" / f"{SETS[name].file}.jsonl"
-    rows = read_questions(parse_jsonl(path.read_text(encoding="utf-8"), path), path)
-    return sorted(rows, key=lambda q: hashlib.sha256(f"order:{q.id}".encode()).hexdigest())[:count]
+    return sorted(question_set(folder, name), key=lambda q: hashlib.sha256(f"order:{q.id}".encode()).hexdigest())[
+        :count
+    ]
 
 
-def answered(
+def both_answers(
     engine: TransformersEngine, asked: Mapping[str, Sequence[Question]], cache: Path
 ) -> dict[str, list[LabelRow]]:
     """Both answers to every question, by set; what a former run has written is read."""

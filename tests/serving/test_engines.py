@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import subprocess
 import sys
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from kvroute import KVEmbedder, PoolingSpec, Question, Router, SelfEvaluator, Tr
 from kvroute.errors import InvalidInputError
 from kvroute.labelling import Labeller
 from tests.serving.http_server import free_port, running
-from tests.serving.processes import ROOT, run_module
+from tests.serving.processes import ROOT, environment, run_module
 from tests.serving.run_vllm_engine import CHATS, FEATURES, TEXTS
 
 pytestmark = pytest.mark.vllm
@@ -161,6 +162,55 @@ def test_labels_over_the_server(client: VLLMClient, engine: TransformersEngine) 
     assert [r.error for r in theirs] == [None] * len(questions)
     for a, b in zip(mine, theirs, strict=True):
         assert a.model_dump(exclude={"extra"}) == b.model_dump(exclude={"extra"})
+
+
+def test_the_page_over_the_server(url: str, engine: TransformersEngine, policies: Path) -> None:
+    """``kvroute ui --engine URL`` streams the answer of the server's policy, with what was decided on the way."""
+    command = [sys.executable, "-m", "kvroute.cli", "ui", "--model", str(MODEL), "--engine", url]
+    command += ["--policy", "policy", "--port", "0"]
+    variables = environment() | {"KVROUTE_API_KEY": KEY}
+    with subprocess.Popen(command, cwd=ROOT, env=variables, stdout=subprocess.PIPE, text=True) as page:
+        assert page.stdout is not None
+        try:
+            place = re.findall(r"http://\S+/", page.stdout.readline())[0]
+            about = json.load(urllib.request.urlopen(f"{place}api/about", timeout=60))
+            assert KEY not in json.dumps(about)
+            body = json.dumps({"question": TEXTS[0], "max_tokens": 60}).encode()
+            asked = urllib.request.Request(f"{place}api/ask", body, {"Content-Type": "application/json"})
+            with urllib.request.urlopen(asked, timeout=120) as answer:
+                events = [json.loads(line) for line in answer]
+        finally:
+            page.terminate()
+    chat = [{"role": "user", "content": TEXTS[0]}]
+    for lane, mode in enumerate((None, "slow")):
+        mine = Router(engine, policies / "policy.json").generate(chat, max_tokens=60, mode=mode)
+        own = [e for e in events if e["lane"] == lane]
+        assert "".join(e["text"] for e in own if e["type"] == "piece") == mine.text
+        decision = next(e for e in own if e["type"] == "decision")
+        assert decision["mode"] == mine.decision.mode
+        if mode is None:
+            assert decision["difficulty"] == pytest.approx(mine.decision.difficulty, abs=1e-2)
+        assert ("switch" in {e["type"] for e in own}) == (mine.decision.switch is not None)
+        assert own[-1]["type"] == "end"
+
+
+def test_a_recipe_whose_answers_the_server_writes(
+    url: str, run: Callable[..., tuple[int, str, str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All answers are the server's; the caches are read by transformers, and the table is made of both."""
+    monkeypatch.setenv("KVROUTE_API_KEY", KEY)
+    before = written(url)
+    code, text, err = run(
+        "reproduce", "tiny-thinker", "--engine", url, "--out", tmp_path / "out", "--limit", 60, "--quiet", "--json"
+    )
+    assert code == 0, err
+    assert written(url) - before > 60 * 2 * 10
+    found = json.loads(text)
+    figures = {name: figure["ours"] for name, figure in found["figures"].items()}
+    assert figures["thinker.slow.accuracy"] > figures["thinker.fast.accuracy"]
+    assert figures["thinker.slow.tokens"] > figures["thinker.fast.tokens"]
+    assert 0 <= figures["thinker.auroc-fast-is-right"] <= 1
+    assert (tmp_path / "out" / "reproduction.html").stat().st_size > 10_000
 
 
 def test_vllm_in_this_process(engine: TransformersEngine, policies: Path, tmp_path: Path) -> None:
