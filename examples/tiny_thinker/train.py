@@ -155,9 +155,6 @@ def build_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> Qwen3ForCausal
     return model
 
 
-# ---------------------------------------------------------------------- samples
-
-
 def make_samples(
     tokenizer: PreTrainedTokenizerFast, rng: random.Random, count: int, shares: dict[str, float] = SHARES
 ) -> list[Sample]:
@@ -273,9 +270,6 @@ def _padded(batch: list[Sample]) -> Batch:
         ids[row, : len(sample.ids)] = torch.tensor(sample.ids)
         weights[row, : len(sample.ids)] = torch.tensor(sample.weights)
     return ids, weights
-
-
-# ---------------------------------------------------------------------- training
 
 
 class Muon(torch.optim.Optimizer):

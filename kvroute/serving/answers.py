@@ -75,6 +75,11 @@ class Result:
         """Of a request that nothing was done for."""
         return cls(error=public_text(error), tokens=tokens or Tokens())
 
+    @property
+    def undecided(self) -> bool:
+        """Whether a fault cost the request its decision."""
+        return self.decision is not None and self.decision.fault is not None
+
     def to_dict(self) -> dict[str, Any]:
         """JSON-able, for a client: no NaN, no infinity, no path, and of a decision not the training questions."""
         faults = [clean(fault) for fault in self.faults]

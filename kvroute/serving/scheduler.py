@@ -369,7 +369,7 @@ class SchedulerSide:
                 result.faults += [] if state.refused is None else [state.refused]
                 finish(state, result, answer, self._fault)
             box.update(result.to_dict())
-            if state.seen and result.error is None and not result.faults and not _unread(result):
+            if state.seen and result.error is None and not result.faults and not result.undecided:
                 self._in_a_row = 0  # a request that got all it asked for
             self.tally.answered(request, result, box, (state.body or {}).get("policy"))
         except Exception as error:  # noqa: BLE001 - the engine must not see it
@@ -394,8 +394,3 @@ class SchedulerSide:
             self.off = _OFF
             self.tally.features_off(True)
             _log.error("%s", _OFF)
-
-
-def _unread(result: Result) -> bool:
-    """Whether a fault cost a request its decision."""
-    return result.decision is not None and result.decision.fault is not None

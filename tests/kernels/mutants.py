@@ -39,6 +39,10 @@ BLOCKS = {
 }
 
 
+PARTS = {"chain_step_triton": ("chain_kernels_triton",)}
+"""Modules that hold a part of one, and are planted with it."""
+
+
 @dataclass(frozen=True)
 class Mutant:
     """One mistake: in ``module``, ``old`` (which is there once) becomes ``new``; ``kind`` is its class."""
@@ -267,20 +271,27 @@ CASES: dict[str, Callable[[types.ModuleType], None]] = {POOL: pool_cases, CHAIN:
 
 
 def planted(name: str, mutant: Mutant | None, folder: Path, number: int) -> types.ModuleType:
-    """A copy of a kernel's module, with a mistake or without, and with small blocks."""
-    text = (SOURCES / f"{name}.py").read_text()
+    """A copy of a kernel's module and its parts, with a mistake or without, and with small blocks."""
+    parts = PARTS.get(name, ())
+    texts = {part: (SOURCES / f"{part}.py").read_text() for part in (*parts, name)}
     if mutant is not None:
-        if text.count(mutant.old) != 1:
-            raise ValueError(f"{mutant.kind}: {mutant.old!r} is {text.count(mutant.old)} times in {name}")
-        text = text.replace(mutant.old, mutant.new)
-    path = folder / f"{name}_{number}.py"
-    path.write_text(text)
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[path.stem] = module
-    spec.loader.exec_module(module)
+        times = sum(text.count(mutant.old) for text in texts.values())
+        if times != 1:
+            raise ValueError(f"{mutant.kind}: {mutant.old!r} is {times} times in {name}")
+        texts = {part: text.replace(mutant.old, mutant.new) for part, text in texts.items()}
+    for part in parts:
+        texts[name] = texts[name].replace(f"from kvroute_kernels.{part} import", f"from {part}_{number} import")
+    module = None
+    for part, text in texts.items():  # the module itself comes last
+        path = folder / f"{part}_{number}.py"
+        path.write_text(text)
+        spec = importlib.util.spec_from_file_location(path.stem, path)
+        assert spec is not None
+        assert spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[path.stem] = module
+        spec.loader.exec_module(module)
+    assert module is not None
     for constant, value in BLOCKS[name].items():
         setattr(module, constant, value)
     return module

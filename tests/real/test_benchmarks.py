@@ -14,8 +14,9 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 from run_all import scripts_in
 
 ROOT = Path(__file__).parents[2]
-SCRIPTS = [p.name for p in scripts_in(ROOT / "benchmarks")]
-"""Those on vLLM run where it is installed: ``tests/serving/test_load_and_faults.py``."""
+SCRIPTS = [p.name for p in scripts_in(ROOT / "benchmarks") if not p.name.startswith("kernel_")]
+"""The kernels' are run by ``tests/kernels/test_compiled.py``, and those on vLLM, where it is installed, by
+``tests/serving/test_load_and_faults.py``."""
 
 LONG = {
     *("agent_self_check.py", "best_of_votes.py", "calibration_guarantee.py", "early_exit.py", "embedding_quality.py"),
