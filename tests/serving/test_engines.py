@@ -201,10 +201,10 @@ def test_a_recipe_whose_answers_the_server_writes(
     monkeypatch.setenv("KVROUTE_API_KEY", KEY)
     before = written(url)
     code, text, err = run(
-        "reproduce", "tiny-thinker", "--engine", url, "--out", tmp_path / "out", "--limit", 60, "--quiet", "--json"
+        "reproduce", "tiny-thinker", "--engine", url, "--out", tmp_path / "out", "--limit", 120, "--quiet", "--json"
     )
     assert code == 0, err
-    assert written(url) - before > 60 * 2 * 10
+    assert written(url) - before > 120 * 2 * 10
     found = json.loads(text)
     figures = {name: figure["ours"] for name, figure in found["figures"].items()}
     assert figures["thinker.slow.accuracy"] > figures["thinker.fast.accuracy"]
