@@ -43,7 +43,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--data", type=Path, default=Path("../shared/data"), help="folder with the sets")
     parser.add_argument("--sets", default=",".join(SETS), help="names with commas between")
     parser.add_argument("--rows", type=int, default=160, help="rows a set")
-    parser.add_argument("--dtype", default="bfloat16", help="that answers are written in; prompts are read in it too")
+    parser.add_argument("--dtype", default="float32", help="that answers are written in; prompts are read in it too")
     parser.add_argument("--cache", type=Path, default=Path(".cache/routing_quality"), help="answers, resumable")
     parser.add_argument("--draws", type=int, default=2000, help="of the intervals")
     parser.add_argument("--answers-only", action="store_true", help="write the answers and stop")

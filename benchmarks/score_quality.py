@@ -91,7 +91,7 @@ def load_engine(model: str, arguments: argparse.Namespace) -> TransformersEngine
     if model == "qwen":
         from _qwen import qwen_folder
 
-        return TransformersEngine.from_pretrained(str(qwen_folder()), dtype="bfloat16")
+        return TransformersEngine.from_pretrained(str(qwen_folder()), dtype="float32")
     return TransformersEngine.from_pretrained(arguments.model, dtype="float32")
 
 
