@@ -37,12 +37,12 @@ from kvroute.score_report import ScoreReport, shown
 from kvroute.self_evaluation import CONFIDENCE
 
 MODELS = {
-    "smollm2": ("arc_easy", "multiarith", "svamp"),
+    "smollm2": ("sums", "arc_easy", "commonsenseqa"),
     "qwen": ("svamp", "arc_easy", "multiarith", "commonsenseqa"),
     "thinker": ("run", "map"),
 }
 """The sets that each model is asked."""
-COUNTS = {"smollm2": 300, "qwen": 160, "thinker": 600}
+COUNTS = {"smollm2": 300, "qwen": 200, "thinker": 600}
 """Questions a set."""
 OWN, OTHER, HIDDEN, CHAIN = "confidence, own set", "confidence, other sets", "hidden-state probe", "kv-coe searched"
 
@@ -145,7 +145,8 @@ def measure(model: str, arguments: argparse.Namespace, cache: Path) -> Measured:
     notes = [f"Chosen for the trained confidence, by fold: {'; '.join(chosen)}."]
     small = replace(heads, options=SearchOptions.quick(rows=400, kinds=("ridge",)))
     extra[OWN] = np.nansum([small.nested(items.sets == n)[0] for n in range(len(data))], axis=0)
-    extra[OTHER] = small.from_other_sets()
+    if len(data) > 1:
+        extra[OTHER] = small.from_other_sets()
     hidden = np.concatenate([d.recorded.hidden for d in data])
     extra[HIDDEN] = hidden_probe(hidden, items, range(0, hidden.shape[1], 2 if hidden.shape[1] > 8 else 1))
     made = chains(engine.info.layers[0].kv_heads)[:: 12 if arguments.quick else 1]
