@@ -37,13 +37,11 @@ from kvroute.score_report import ScoreReport, shown
 from kvroute.self_evaluation import CONFIDENCE
 
 MODELS = {
-    "smollm2": ("sums", "arc_easy", "commonsenseqa"),
-    "qwen": ("svamp", "arc_easy", "multiarith", "commonsenseqa"),
-    "thinker": ("run", "map"),
+    "smollm2": {"sums": 300, "arc_easy": 300, "commonsenseqa": 300},
+    "qwen": {"svamp": 200, "arc_easy": 200, "multiarith": 200, "commonsenseqa": 280},
+    "thinker": {"run": 600, "map": 600},
 }
-"""The sets that each model is asked."""
-COUNTS = {"smollm2": 300, "qwen": 200, "thinker": 600}
-"""Questions a set."""
+"""The sets that each model is asked, and how many of their questions."""
 OWN, OTHER, HIDDEN, CHAIN = "confidence, own set", "confidence, other sets", "hidden-state probe", "kv-coe searched"
 
 
@@ -72,7 +70,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--data", type=Path, default=Path("../shared/data"), help="folder with the questions")
     parser.add_argument("--models", default="thinker,smollm2,qwen", help="with commas between")
     parser.add_argument("--cache", type=Path, default=Path(".cache/score_quality"), help="answers, keys and values")
-    parser.add_argument("--count", type=int, help="questions a set; by default by model")
+    parser.add_argument("--count", type=int, help="questions a set; by default by model and set")
     parser.add_argument("--bootstrap", type=int, default=2000, help="resamples of the intervals")
     parser.add_argument("--out", type=Path, help="a folder for an HTML report of each model")
     arguments = parser.parse_args()
@@ -105,9 +103,9 @@ def thinker_rows(engine: TransformersEngine, name: str, count: int) -> tuple[lis
 def gather(model: str, arguments: argparse.Namespace, cache: Path) -> tuple[TransformersEngine, LabelMeta, list[Data]]:
     """The answers of a model to its sets, and what was seen of them."""
     engine = load_engine(model, arguments)
-    count = arguments.count or COUNTS[model]
     found: list[Data] = []
-    for name in MODELS[model]:
+    for name, usual in MODELS[model].items():
+        count = arguments.count or usual
         if model == "thinker":
             rows, meta = thinker_rows(engine, name, count)
         else:
@@ -168,7 +166,7 @@ def measure(model: str, arguments: argparse.Namespace, cache: Path) -> Measured:
     about = {
         "model": engine.info.name,
         "dtype": engine.info.dtype,
-        "questions a set": arguments.count or COUNTS[model],
+        "questions": {name: arguments.count or usual for name, usual in MODELS[model].items()},
         "searched": "in nested folds",
         "seed": arguments.seed,
     }

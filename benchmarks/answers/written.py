@@ -23,6 +23,7 @@ PLAIN = ThinkingMode(name="none", fast="", slow="", leave="", enter="")
 """One way of answering: the prompt says how."""
 SUM = "{question}\nAnswer with one short equation that ends in the result, nothing else."
 CHOICE = "{question}\nAnswer with the letter and the text of the right choice, nothing else."
+STEPS = "{question}\nThink step by step in one or two short sentences, then end with: The answer is <number>."
 _CHUNK = 80
 
 
@@ -43,7 +44,7 @@ class Asked:
 
 SETS: dict[str, Asked] = {
     "svamp": Asked(SUM),
-    "multiarith": Asked(SUM),
+    "multiarith": Asked(STEPS, 96),
     "sums": Asked(SUM, 16, one_by_one=True),
     "arc_easy": Asked(CHOICE, 24),
     "commonsenseqa": Asked(CHOICE, 24),
