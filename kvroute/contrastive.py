@@ -121,9 +121,9 @@ def fit_projection(
     held_rows = {place[t] for p in held for t in (p.a, p.b) if t not in trained}
     fitted_on = np.array([i for i in range(len(known)) if i not in held_rows], dtype=int)
     most = min(len(fitted_on) - 1, known.shape[1], 2 * (dimension or 256))
-    whitening = PostProcessor.fit(known[fitted_on], "whiten", most, blocks=blocks)
+    whitening = PostProcessor.fit(known[fitted_on], "whiten", most, blocks=blocks, fewer=True)
     assert whitening.components is not None
-    size = min(dimension or 256, most)
+    size = min(dimension or 256, whitening.dimension)
     if dimension is not None and size < dimension:
         raise InvalidInputError(f"{len(known)} texts allow {size} dimensions, and {dimension} were asked for.")
     x = torch.from_numpy(whitening.transform(known))

@@ -82,6 +82,7 @@ class PostProcessor:
         *,
         power: float = 1.0,
         blocks: Sequence[int] | None = None,
+        fewer: bool = False,
     ) -> Self:
         """Fit on vectors of texts like those it is for.
 
@@ -95,6 +96,7 @@ class PostProcessor:
             blocks: sizes of the parts that lie side by side in a vector (layers, keys and values). Before the
                 components are taken, ``whiten`` and ``project`` bring each to the same total variance, so that a layer
                 with large values doesn't drown the others.
+            fewer: where the vectors vary in fewer directions than ``dimension``, keep those instead of an error.
 
         Raises:
             InvalidInputError: too few vectors for the dimension, not finite, or an unknown method.
@@ -131,6 +133,8 @@ class PostProcessor:
         centred *= balance
         values, vectors = _gram_eigenvectors(centred)
         wanted = min(256, len(values)) if dimension is None else dimension
+        if fewer:
+            wanted = min(wanted, len(values))
         if not 1 <= wanted <= len(values):
             raise InvalidInputError(
                 f"{count} vectors of size {x.shape[1]} have {len(values)} directions that vary, and {wanted} were "

@@ -77,6 +77,16 @@ def test_what_is_chosen_on_has_a_text_that_nothing_was_trained_on() -> None:
     assert len(train) > 4 * len(held) > 0
 
 
+def test_vectors_that_vary_in_few_directions() -> None:
+    """Some sizes are sums of others, as of many sentence embeddings: what varies is taken."""
+    vectors, texts, pairs = noisy_labels(dim=10)
+    doubled = np.concatenate([vectors, vectors[:, :3] + vectors[:, 3:6]], axis=1)
+    fitted = fit_projection(doubled, texts, pairs, batch=32, epochs=2, progress=False)
+    assert (fitted.input_dimension, fitted.dimension) == (13, 10)
+    with pytest.raises(InvalidInputError, match="allow 10 dimensions, and 12 were asked for"):
+        fit_projection(doubled, texts, pairs, dimension=12, batch=32, progress=False)
+
+
 def test_what_cannot_be_trained_on_is_refused() -> None:
     vectors, texts, pairs = noisy_labels(labels=4)
     with pytest.raises(InvalidInputError, match="too few"):
