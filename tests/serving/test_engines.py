@@ -194,6 +194,7 @@ def test_the_page_over_the_server(url: str, engine: TransformersEngine, policies
         assert own[-1]["type"] == "end"
 
 
+@pytest.mark.slow
 def test_a_recipe_whose_answers_the_server_writes(
     url: str, run: Callable[..., tuple[int, str, str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
