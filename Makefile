@@ -83,7 +83,7 @@ test-long: $(VENV)/.test  ## what takes about half a minute or more and is cover
 
 # Engines that bind their threads all take the same core first; and much of a test is waiting for a server to start.
 test-vllm: $(VLLM)/.done  ## the tests with a real vLLM engine, in an environment of its own (without the slow ones)
-	@OMP_NUM_THREADS=1 VLLM_CPU_OMP_THREADS_BIND=nobind VLLM_CPU_KVCACHE_SPACE=1 $(VLLM_BIN)/python -m pytest -q -n 3 --dist loadfile --durations 25 -m "vllm and not slow" tests/serving
+	@OMP_NUM_THREADS=1 VLLM_CPU_OMP_THREADS_BIND=nobind VLLM_CPU_KVCACHE_SPACE=1 $(VLLM_BIN)/python -m pytest -q -n 3 --dist loadfile --no-loadscope-reorder --durations 25 -m "vllm and not slow" tests/serving
 
 test-vllm-slow: $(VLLM)/.done  ## the rest of them: load, faults, parity, several engines
 	@VLLM_CPU_KVCACHE_SPACE=1 $(VLLM_BIN)/python -m pytest -q -m "vllm and slow" tests/serving
