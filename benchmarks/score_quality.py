@@ -100,12 +100,16 @@ def thinker_rows(engine: TransformersEngine, name: str, count: int) -> tuple[lis
     return [r for r in usable(rows) if r.extra["kind"] == name][:count], meta
 
 
+def counts(model: str, arguments: argparse.Namespace) -> dict[str, int]:
+    """By set of a model, how many questions are asked."""
+    return {name: arguments.count or usual for name, usual in MODELS[model].items()}
+
+
 def gather(model: str, arguments: argparse.Namespace, cache: Path) -> tuple[TransformersEngine, LabelMeta, list[Data]]:
     """The answers of a model to its sets, and what was seen of them."""
     engine = load_engine(model, arguments)
     found: list[Data] = []
-    for name, usual in MODELS[model].items():
-        count = arguments.count or usual
+    for name, count in counts(model, arguments).items():
         if model == "thinker":
             rows, meta = thinker_rows(engine, name, count)
         else:
@@ -166,7 +170,7 @@ def measure(model: str, arguments: argparse.Namespace, cache: Path) -> Measured:
     about = {
         "model": engine.info.name,
         "dtype": engine.info.dtype,
-        "questions": {name: arguments.count or usual for name, usual in MODELS[model].items()},
+        "questions": counts(model, arguments),
         "searched": "in nested folds",
         "seed": arguments.seed,
     }

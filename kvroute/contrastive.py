@@ -120,8 +120,7 @@ def fit_projection(
     trained = {t for p in train for t in (p.a, p.b)}
     held_rows = {place[t] for p in held for t in (p.a, p.b) if t not in trained}
     fitted_on = np.array([i for i in range(len(known)) if i not in held_rows], dtype=int)
-    most = min(len(fitted_on) - 1, known.shape[1], 2 * (dimension or 256))
-    whitening = PostProcessor.fit(known[fitted_on], "whiten", most, blocks=blocks, fewer=True)
+    whitening = PostProcessor.fit(known[fitted_on], "whiten", 2 * (dimension or 256), blocks=blocks, fewer=True)
     assert whitening.components is not None
     size = min(dimension or 256, whitening.dimension)
     if dimension is not None and size < dimension:

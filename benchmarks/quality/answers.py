@@ -69,9 +69,8 @@ _CHUNK = 64
 
 def questions(folder: Path, name: str, count: int) -> list[Question]:
     """The first rows of a set in the order of a hash of their ids, which no one chose."""
-    return sorted(question_set(folder, name), key=lambda q: hashlib.sha256(f"order:{q.id}".encode()).hexdigest())[
-        :count
-    ]
+    rows = question_set(folder, name)
+    return sorted(rows, key=lambda q: hashlib.sha256(f"order:{q.id}".encode()).hexdigest())[:count]
 
 
 def both_answers(

@@ -8,6 +8,7 @@ import torch
 from kvroute import ChainState, PoolingSpec, pool
 from kvroute_kernels import chain_step_triton, paged_pool_triton
 from tests.kernels.caches import random_view
+from tests.results import assert_same
 from tests.unit.serving_steps import Engine
 
 pytestmark = pytest.mark.usefixtures("small_blocks")
@@ -85,22 +86,4 @@ def test_the_connectors_worker(features: dict, monkeypatch: pytest.MonkeyPatch, 
         assert bool(launches) == (backend == "interpret")
     assert boxes[0].keys() == boxes[1].keys() == {"a", "b"}
     for name in boxes[0]:
-        _assert_close(boxes[1][name], boxes[0][name])
-
-
-def _assert_close(found: object, wanted: object) -> None:
-    if isinstance(wanted, dict):
-        assert isinstance(found, dict)
-        assert found.keys() == wanted.keys()
-        for key in wanted:
-            if key not in ("seconds", "version"):
-                _assert_close(found[key], wanted[key])
-    elif isinstance(wanted, list):
-        assert isinstance(found, list)
-        assert len(found) == len(wanted)
-        for mine, theirs in zip(found, wanted, strict=True):
-            _assert_close(mine, theirs)
-    elif isinstance(wanted, float):
-        assert found == pytest.approx(wanted, rel=1e-4, abs=1e-5)
-    else:
-        assert found == wanted
+        assert_same(boxes[1][name], boxes[0][name], rel=1e-4, absolute=1e-5)

@@ -19,18 +19,33 @@ def test_without_langchain_core_it_says_the_pip_line() -> None:
     assert "pip install 'kvroute[langchain]'" in ran.stderr
 
 
-def test_without_langchain_cores_decisions_it_says_the_pip_line() -> None:
-    """As before langchain-core 1.8; all else is there."""
+@pytest.mark.parametrize(
+    ("blocked", "here", "missing", "said"),
+    [
+        (  # as before langchain-core 1.8
+            "langchain_core.decisions",
+            "KVRouteRouter",
+            "KVRouteDecisionModel",
+            [
+                "langchain-core>=1.8 (for langchain_core.decisions)",
+                "pip install 'kvroute[langchain]' 'langchain-core>=1.8'",
+            ],
+        ),
+        ("langchain_openai", "ChatKVRoute", "ChatOpenAIKVRoute", ["pip install 'kvroute[langchain-openai]'"]),
+    ],
+)
+def test_without_a_package_it_says_the_pip_line(blocked: str, here: str, missing: str, said: list[str]) -> None:
+    """All else is there."""
     code = (
-        "import sys; sys.modules['langchain_core.decisions'] = None\n"
+        f"import sys; sys.modules[{blocked!r}] = None\n"
         "import kvroute, langchain_kvroute\n"
-        "langchain_kvroute.KVRouteRouter\n"
-        "try:\n    langchain_kvroute.KVRouteDecisionModel\n"
+        f"langchain_kvroute.{here}\n"
+        f"try:\n    langchain_kvroute.{missing}\n"
         "except kvroute.MissingExtraError as error:\n    print(error)"
     )
     printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
-    assert "langchain-core>=1.8 (for langchain_core.decisions)" in printed
-    assert "pip install 'kvroute[langchain]' 'langchain-core>=1.8'" in printed
+    for words in said:
+        assert words in printed
 
 
 def test_it_loads_no_model_library_and_no_other_framework() -> None:

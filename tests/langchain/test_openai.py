@@ -9,8 +9,6 @@ import logging
 import pickle
 import select
 import socket
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -329,15 +327,3 @@ def test_a_pickle_has_no_key_and_takes_it_from_the_environment(
     assert kvroute_metadata(again) == kvroute_metadata(first) is not None
     assert server.keys == ["Bearer sesame", "Bearer open"]  # type: ignore[attr-defined]
     assert chat.openai_api_key.get_secret_value() == "sesame"  # type: ignore[union-attr]
-
-
-def test_without_the_package_the_pip_line_is_said() -> None:
-    code = (
-        "import sys; sys.modules['langchain_openai'] = None\n"
-        "import langchain_kvroute\n"
-        "langchain_kvroute.ChatKVRoute\n"
-        "try:\n    langchain_kvroute.ChatOpenAIKVRoute\n"
-        "except ImportError as error:\n    print(error)"
-    )
-    printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
-    assert "pip install 'kvroute[langchain-openai]'" in printed

@@ -14,7 +14,6 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 
@@ -22,6 +21,7 @@ from kvroute import Policy, VLLMEngine
 from kvroute.errors import InvalidInputError
 from kvroute.serving.forcing import BOARD
 from kvroute.serving.mailbox import WAITS
+from tests.results import assert_same
 from tests.serving.processes import ROOT
 
 pytestmark = pytest.mark.vllm
@@ -246,26 +246,6 @@ def run(patch: pytest.MonkeyPatch, policies: Path, *, v2: bool) -> Steps:
     return steps
 
 
-def same(a: Any, b: Any) -> None:
-    """Equal but for the time that was taken, and the rounding of sums that were taken in other pieces."""
-    assert type(a) is type(b)
-    if isinstance(a, dict):
-        assert set(a) == set(b)
-        for name in a:
-            if name != "seconds":
-                same(a[name], b[name])
-    elif isinstance(a, list) and a and isinstance(a[0], float):
-        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
-    elif isinstance(a, list):
-        assert len(a) == len(b)
-        for one, other in zip(a, b, strict=True):
-            same(one, other)
-    elif isinstance(a, float):
-        assert a == pytest.approx(b, rel=1e-5, abs=1e-6)
-    else:
-        assert a == b
-
-
 def test_the_v2_runners_order_gives_what_v1s_gives(monkeypatch: pytest.MonkeyPatch, policies: Path) -> None:
     v1, v2 = (run(monkeypatch, policies, v2=v2) for v2 in (False, True))
     # too few blocks for all: requests are preempted, and V2's scheduler gives them out as new ones again
@@ -275,7 +255,7 @@ def test_the_v2_runners_order_gives_what_v1s_gives(monkeypatch: pytest.MonkeyPat
     assert v1.answers == v2.answers
     assert len(v1.results) == len(v2.results) == 2 * len(ASKS)
     for name, found in v1.results.items():
-        same(found, v2.results[name])
+        assert_same(found, v2.results[name], rel=1e-5, absolute=1e-6)  # sums are taken in other pieces
         assert found["tokens"]["answer"] == 40
         assert found["faults"] == []
         ask = ASKS[int(name.split("-")[1]) % len(ASKS)]
@@ -293,7 +273,7 @@ def test_the_v2_runners_order_gives_what_v1s_gives(monkeypatch: pytest.MonkeyPat
         at_once = {name for name in steps.results if WAITS not in name}
         assert at_once == {name for name in steps.own if WAITS not in name}
         for name in at_once:
-            same(steps.own[name], steps.results[name])
+            assert_same(steps.own[name], steps.results[name], rel=1e-5, absolute=1e-6)
         assert steps.scheduler.connector._scheduler.num_states == 0
         assert steps.worker._worker.num_states == len(BOARD) == 0
         assert steps.scheduler.connector._scheduler.faults == 0

@@ -16,8 +16,8 @@ from tests.serving.processes import ROOT
 pytestmark = pytest.mark.vllm
 
 
-def quick(script: str, log: Path, *options: str) -> dict[str, Any]:
-    """The JSON line that a quick run ends with."""
+def quick(script: str, log: Path, *options: str) -> tuple[dict[str, Any], str]:
+    """The figures of the JSON line that a quick run ends with, and what it said on standard error."""
     command = [sys.executable, "-W", "ignore", str(ROOT / "benchmarks" / f"{script}.py"), "--quick", "--json", *options]
     run = subprocess.run(command, capture_output=True, text=True, timeout=500, check=False)
     logs = [log] if log.is_file() else sorted(log.glob("*.log"))
@@ -25,7 +25,7 @@ def quick(script: str, log: Path, *options: str) -> dict[str, Any]:
     found = json.loads(run.stdout.splitlines()[-1])
     assert found["name"] == script
     assert all(math.isfinite(figure["value"]) for figure in found["figures"].values())
-    return found
+    return found["figures"], run.stderr
 
 
 @pytest.mark.parametrize(
@@ -37,20 +37,20 @@ def quick(script: str, log: Path, *options: str) -> dict[str, Any]:
     ],
 )
 def test_all_is_as_it_must_be(script: str, tmp_path: Path) -> None:
-    found = quick(script, tmp_path / "log", "--log", str(tmp_path / "log"))
-    missed = {name: figure for name, figure in found["figures"].items() if figure["ok"] is False}
-    assert not missed
-    assert any(figure["ok"] for figure in found["figures"].values())
+    figures, said = quick(script, tmp_path / "log", "--log", str(tmp_path / "log"))
+    missed = {name: figure for name, figure in figures.items() if figure["ok"] is False}
+    assert not missed, said[-4000:]
+    assert any(figure["ok"] for figure in figures.values())
 
 
 def test_routing(tmp_path: Path) -> None:
-    figures = quick("vllm_routing", tmp_path, "--logs", str(tmp_path))["figures"]
+    figures, _ = quick("vllm_routing", tmp_path, "--logs", str(tmp_path))
     for policy in ("one_step", "two_step"):
         assert figures[f"{policy}_same_answers_as_transformers"]["value"] >= 0.99
         assert figures[f"{policy}_tokens_of_slow"]["value"] < 1
 
 
 def test_overhead(tmp_path: Path) -> None:
-    figures = quick("vllm_overhead", tmp_path, "--logs", str(tmp_path), "--only", "server")["figures"]
+    figures, _ = quick("vllm_overhead", tmp_path, "--logs", str(tmp_path), "--only", "server")
     assert {"throughput_every_feature", "throughput_nothing_asked", "hooks_wall_every_feature"} <= set(figures)
     assert figures["hooks_wall_every_feature"]["value"] > figures["hooks_wall_nothing_asked"]["value"] > 0
