@@ -13,6 +13,10 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+import numpy as np
+
+Seconds = np.ndarray[Any, np.dtype[np.float64]]
+
 
 @dataclass
 class Times:
@@ -34,10 +38,12 @@ class Streamed:
     Attributes:
         tokens: of its answer, as the server counts them.
         result: what kvroute said, or None.
+        arrivals: seconds from the request to each chunk with text, and to the end of the stream.
     """
 
     tokens: int
     result: dict[str, Any] | None
+    arrivals: list[float] = field(default_factory=list)
 
 
 def stream(url: str, body: Mapping[str, Any], times: Times) -> Streamed:
@@ -65,9 +71,11 @@ def stream(url: str, body: Mapping[str, Any], times: Times) -> Streamed:
             (times.between if found.tokens else times.first).append(now - (last if found.tokens else began))
             last = now
             found.tokens += 1
+            found.arrivals.append(now - began)
         if chunk.get("usage"):
             found.tokens = int(chunk["usage"]["completion_tokens"])
         found.result = (chunk.get("kv_transfer_params") or {}).get("kvroute", found.result)
+    found.arrivals.append(time.perf_counter() - began)
     connection.close()
     return found
 
@@ -76,6 +84,19 @@ def stream_all(url: str, bodies: Sequence[Mapping[str, Any]], times: Times) -> l
     """All at once, one thread a request."""
     with ThreadPoolExecutor(len(bodies)) as threads:
         return list(threads.map(lambda body: stream(url, body, times), bodies))
+
+
+def step_seconds(found: Sequence[Streamed]) -> Seconds:
+    """Seconds of each step, as the requests that began together saw it: until the first token, between tokens, and
+    until the end. Those that got two tokens in one chunk are left out."""
+    length = max(len(one.arrivals) for one in found)
+    whole = [one.arrivals for one in found if len(one.arrivals) == length]
+    return np.diff(np.median(whole, axis=0), prepend=0.0)
+
+
+def undisturbed(runs: Sequence[Seconds]) -> float:
+    """Seconds of a run whose steps each take the lower quartile of their times over all runs."""
+    return float(np.percentile(np.stack(runs), 25, axis=0).sum())
 
 
 def _events(lines: http.client.HTTPResponse) -> Iterator[dict[str, Any]]:

@@ -6,7 +6,9 @@ and the client) has the other core. After each turn the cores and the order chan
 are started anew, in the other order, for two servers that are started alike differ too. By default vLLM's CPU build
 would reserve a core more where any connector is configured, so neither is left to it.
 ``throughput`` is tokens a second with every feature on (or with nothing asked) / without kvroute (by CPU time: of the
-worker alone); ``throughput_asked`` is with every feature / with nothing asked, of one server. The second table says
+worker alone); ``throughput_asked`` is with every feature / with nothing asked, of one server. ``undisturbed`` is the
+same with what other machines take away left out as far as possible: every run has the same steps, of each step the
+lower quartile of its times over the runs of one pair of servers counts, and these are added. The second table says
 what each process took; the engine's core waits busily, so most of its time is none of its work.
 
 ``hooks`` are CPU seconds in our hooks / CPU seconds of the engine's steps, in an engine in one process with one thread,
@@ -39,7 +41,7 @@ import _vllm
 from _harness import JUDGED_FROM, Figure, add_common_arguments, figure_table, finish, judge, summarise, table
 from _heads import costs_head
 from _hook_meter import Asked, hook_shares, made_of, shares_of
-from _load import Streamed, Times, cpu_seconds, metric, processes_below, stream_all
+from _load import Streamed, Times, cpu_seconds, metric, processes_below, step_seconds, stream_all, undisturbed
 from _texts import text_of
 from kvroute import Policy, TransformersEngine
 from kvroute.models import BUNDLED, bundled_path
@@ -114,6 +116,23 @@ def check(found: Sequence[Streamed], tokens: int, asked: bool) -> None:
 
 
 Floats = np.ndarray[Any, np.dtype[np.float64]]
+
+
+@dataclass(frozen=True)
+class Run:
+    """All requests once, on one server.
+
+    Attributes:
+        wall: seconds.
+        cpu: CPU seconds by role, in the order of ROLES.
+        steps: seconds of each step.
+    """
+
+    wall: float
+    cpu: Floats
+    steps: Floats
+
+
 ROLES = ("worker", "engine core", "API server")
 """Of a server's processes."""
 
@@ -173,7 +192,7 @@ def two_servers(
 
 PLAIN = "without kvroute"
 SIDES = {PLAIN: None, "nothing asked": None, "every feature": EVERYTHING}
-ROUNDS = 3
+ROUNDS = 4
 """Of one pair of servers, before another is started."""
 
 
@@ -189,6 +208,7 @@ def overhead(
     spent: dict[str, list[list[float]]] = {name: [] for name in SIDES}
     cpu: dict[str, list[list[float]]] = {name: [] for name in SIDES}
     by_role: dict[str, list[Floats]] = {name: [] for name in SIDES}
+    by_step: dict[str, list[list[Floats]]] = {name: [] for name in SIDES}
     hooks: dict[str, list[float]] = {name: [] for name in SIDES if name != PLAIN}
     began = time.monotonic()
     cores = sorted(os.sched_getaffinity(0))[:2]
@@ -196,8 +216,7 @@ def overhead(
     while pairs < (1 if arguments.quick else 3) or time.monotonic() - began < arguments.seconds * (1 - 0.5 / pairs):
         with two_servers(model, connector, folder, kvroute_first=pairs % 2 == 1) as (plain, ours):
 
-            def run(name: str, turn: int) -> tuple[float, Floats]:
-                """Seconds of a run, and CPU seconds by role."""
+            def run(name: str, turn: int) -> Run:
                 server = plain if name == PLAIN else ours
                 worker, rest = cores[turn], cores[turn - 1]
                 server.bind(worker, rest)
@@ -206,15 +225,18 @@ def overhead(
                 found = stream_all(server.url, bodies(prompts, tokens, SIDES[name]), times[name])
                 wall = time.perf_counter() - start
                 check(found, tokens, SIDES[name] is not None)
-                return wall, server.cpu() - used
+                steps = step_seconds(found)
+                if len(steps) != tokens + 1:
+                    raise AssertionError(f"No answer came token by token: at most {len(steps) - 1} chunks of {tokens}.")
+                return Run(wall, server.cpu() - used, steps)
 
-            def counted(name: str, turn: int) -> tuple[float, Floats]:
+            def counted(name: str, turn: int) -> Run:
                 """The same, with the hooks' own time kept."""
                 if name == PLAIN:
                     return run(name, turn)
                 before = metric(ours.url, "vllm:kvroute_hook_seconds_total")
                 found = run(name, turn)
-                hooks[name].append((metric(ours.url, "vllm:kvroute_hook_seconds_total") - before) / found[0])
+                hooks[name].append((metric(ours.url, "vllm:kvroute_hook_seconds_total") - before) / found.wall)
                 return found
 
             with ThreadPoolExecutor(1) as thread:
@@ -227,15 +249,18 @@ def overhead(
                 for found_by_pair in (spent, cpu):
                     for rounds in found_by_pair.values():
                         rounds.append([])
+                for by_pair in by_step.values():
+                    by_pair.append([])
                 for number in range(1 if arguments.quick else ROUNDS):
-                    both: dict[str, list[tuple[float, Floats]]] = {name: [] for name in SIDES}
+                    both: dict[str, list[Run]] = {name: [] for name in SIDES}
                     for turn in (0, 1):
                         for name in list(SIDES)[:: 1 if (number + turn) % 2 else -1]:
                             both[name].append(thread.submit(counted, name, turn).result())
                     for name, found_both in both.items():
-                        spent[name][-1].append(sum(wall for wall, _ in found_both))
-                        by_role[name] += [used for _, used in found_both]
-                        cpu[name][-1].append(float(sum(used[0] for _, used in found_both)))
+                        spent[name][-1].append(sum(one.wall for one in found_both))
+                        by_role[name] += [one.cpu for one in found_both]
+                        cpu[name][-1].append(float(sum(one.cpu[0] for one in found_both)))
+                        by_step[name][-1] += [one.steps for one in found_both]
         pairs += 1
     figures: dict[str, Figure] = {}
     for name in hooks:
@@ -245,6 +270,13 @@ def overhead(
         figures[f"throughput_{key}"] = over_pairs(ratios(spent, PLAIN, name), must, arguments.seed, used)
     asked = ratios(spent, "nothing asked", "every feature")
     figures["throughput_asked"] = over_pairs(asked, None, arguments.seed, ())
+    quiet = {name: [[undisturbed(runs)] for runs in found] for name, found in by_step.items()}
+    for one, other, key in (
+        (PLAIN, "nothing asked", "nothing_asked"),
+        (PLAIN, "every feature", "every_feature"),
+        ("nothing asked", "every feature", "asked"),
+    ):
+        figures[f"undisturbed_{key}"] = over_pairs(ratios(quiet, one, other), None, arguments.seed, ())
     for name, shares in hooks.items():
         figures[f"hooks_wall_{name.replace(' ', '_')}"] = summarise(shares, None, seed=arguments.seed)
     written = 2 * REQUESTS * tokens

@@ -11,6 +11,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
+from _load import Streamed, step_seconds, undisturbed
 from _parity_reference import Compared, compare
 from _throwing import Calls, InjectedError, Point, broken, points, throwing
 from kvroute.pooling import PoolingSpec
@@ -104,3 +105,14 @@ def test_what_is_missing_or_counts_other_tokens_is_found():
     found = compare(asked(said([2.0, -4.0], 0.5, length=1.0)), Exact())  # type: ignore[arg-type]
     assert found.times(dict.fromkeys(found.worst, 0.0))[0] > 1e6
     assert Compared().times({})[0] == np.inf
+
+
+def test_steps_are_told_from_requests_and_what_disturbs_single_runs_is_left_out():
+    requests = [Streamed(3, None, [1.0 + late, 1.5 + late, 2.25 + late]) for late in (0.0, 0.0, 0.25)]
+    quiet = step_seconds([*requests, Streamed(3, None, [5.0, 6.0])])  # the last one got two tokens in one chunk
+    assert quiet.tolist() == [1.0, 0.5, 0.75]
+    runs = [quiet.copy() for _ in range(9)]
+    for number, run in enumerate(runs[:6]):
+        run[number % 3] += 10  # another step of each is held up
+    assert undisturbed(runs) == 2.25
+    assert undisturbed([2 * run for run in runs]) == 4.5
