@@ -7,6 +7,9 @@ On the sets that count every feature gets the same head, the same folds (by skel
 - ``label``: the 0/25/75/100 of `kvroute label`, as published;
 - ``gain``: what slow is worth for the row (slow right minus fast right), which is what a router spends tokens for.
 
+``policy`` thinks above one threshold; ``band``, as `kvroute calibrate` makes it, also gives up above a second one,
+where the label says that slow mode is wrong too.
+
 Choices (layers, part, penalty, thresholds) are made within training rows; every figure is of rows that were held out.
 AUROC is taken within each set and averaged, so that telling the sets apart earns nothing. ``transfer`` trains on one
 set and judges another. With --quick, or without the data, the tiny thinker's kinds of questions stand in for the sets.
@@ -121,22 +124,22 @@ def features_table(
     """A row a feature."""
     lines = []
     for name, found in judged.items():
-        point = point_figures(found.point, modes, drawn)
+        policies = [point_figures(policy, modes, drawn) for policy in (found.point, found.band)]
         cells = [
             *(interval(*of.mean(found.difficulty)) for of in (fast_wrong, only_slow)),
             gap_recovered(found.sweep, modes, drawn),
             at_equal_accuracy(found.sweep, modes, drawn).of_slow,
         ]
         told = ["-", "-"] if name == SET else [shown(c) for c in cells[:2]]  # alike for all rows of a set
-        lines.append(
-            (name, *told, *map(shown, cells[2:]), shown(in_points(point.accuracy_gain), 1), shown(point.of_slow))
-        )
+        got = [x for p in policies for x in (shown(in_points(p.accuracy_gain), 1), shown(p.of_slow))]
+        lines.append((name, *told, *map(shown, cells[2:]), *got))
     line = modes.random()
     lines.append(
-        ("at random", "0.500", "0.500", "0.500", shown(at_equal_accuracy(line, modes, drawn).of_slow), "-", "-")
+        ("at random", "0.500", "0.500", "0.500", shown(at_equal_accuracy(line, modes, drawn).of_slow), *"----")
     )
     header = ("feature", "AUROC fast is wrong", "AUROC only slow is right", "gap recovered",
-              "tokens at slow - 1 pt, of slow's", "policy: points against slow", "its tokens, of slow's")  # fmt: skip
+              "tokens at slow - 1 pt, of slow's", "policy: points against slow", "its tokens, of slow's",
+              "giving up too: points", "its tokens, of slow's")  # fmt: skip
     return table(header, lines)
 
 
@@ -271,9 +274,10 @@ def compared(
         figures[f"kv_gap_minus_{short}"] = figure(gaps, None, n)
     gap = gap_recovered(gain[KV].sweep, modes, drawn)
     figures["kv_gap_recovered"] = figure(gap, ">= 0.5", n)
-    point = point_figures(gain[KV].point, modes, drawn)
-    figures["kv_policy_points_against_slow"] = figure(in_points(point.accuracy_gain), ">= -1.0", n)
-    figures["kv_policy_tokens_of_slow"] = figure(point.of_slow, None, n)
+    for name, outcome in (("policy", gain[KV].point), ("band", label[KV].band)):
+        point = point_figures(outcome, modes, drawn)
+        figures[f"kv_{name}_points_against_slow"] = figure(in_points(point.accuracy_gain), ">= -1.0", n)
+        figures[f"kv_{name}_tokens_of_slow"] = figure(point.of_slow, None, n)
     return figures
 
 

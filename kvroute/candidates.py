@@ -91,11 +91,26 @@ def one_step_grid(difficulty: Any, rows: Sequence[LabelRow], k: int = 60) -> lis
         rows: the validation rows.
         k: how many at most.
     """
+    best = best_pairs(difficulty, Modes.of(rows), 2 * k)
+    spread = np.linspace(best[-1][0], best[0][0], k)
+    tokens = np.array([b[0] for b in best])
+    picked = dict.fromkeys(int(np.abs(tokens - at).argmin()) for at in spread)
+    return [(best[i][2], best[i][3]) for i in picked]
+
+
+def best_pairs(difficulty: Any, modes: Modes, k: int) -> list[tuple[float, float, float, float | None]]:
+    """(tokens, accuracy lost against always slow, tau, give_up) of the pairs of quantiles that lose least among those
+    that save as many tokens, the boldest first.
+
+    Args:
+        difficulty: ``[n]`` in [0, 100].
+        modes: what each mode got for the same rows.
+        k: thresholds to try.
+    """
     d = np.asarray(difficulty, dtype=np.float64)
-    modes = Modes.of(rows)
     ends = [None, *(float(q) for q in np.unique(np.quantile(d, [0.7, 0.8, 0.85, 0.9, 0.95, 0.98])))]
     found: list[tuple[float, float, float, float | None]] = []
-    for tau in quantile_thresholds(d, 2 * k):
+    for tau in quantile_thresholds(d, k):
         for give_up in ends:
             if give_up is None or give_up > tau:
                 c = modes.chosen(slow_rows(d, tau, give_up))
@@ -104,10 +119,7 @@ def one_step_grid(difficulty: Any, rows: Sequence[LabelRow], k: int = 60) -> lis
     for pair in sorted(found, key=lambda f: (f[0], f[1], f[2], f[3] is not None)):  # fewest tokens first
         if not best or pair[1] < best[-1][1]:
             best.append(pair)
-    spread = np.linspace(best[-1][0], best[0][0], k)
-    tokens = np.array([b[0] for b in best])
-    picked = dict.fromkeys(int(np.abs(tokens - at).argmin()) for at in spread)
-    return [(best[i][2], best[i][3]) for i in picked]
+    return best
 
 
 def two_step_grid(difficulty: Any, rows: Sequence[LabelRow], k: int = 6) -> list[dict[str, Any]]:

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from sklearn.model_selection import StratifiedGroupKFold
 
+from kvroute.candidates import best_pairs, slow_rows
 from kvroute.heads.fitting import Rows, fit_mlp, ridge_path
 from kvroute.routing_curves import Modes, Outcome, Sweep, choose_threshold
 
@@ -32,12 +33,14 @@ class Judged:
         difficulty: ``[n]``, by the head of the fold that the row was held out of.
         sweep: the policy at :data:`SHARES`, its thresholds from training rows.
         point: the policy of fewest tokens that loses at most one point, chosen on training rows.
+        band: the same that also gives up above a second threshold, as `kvroute calibrate` makes it.
         chosen: by fold, the name of the vectors that were chosen.
     """
 
     difficulty: Array
     sweep: Sweep
     point: Outcome
+    band: Outcome
     chosen: list[str]
 
 
@@ -85,7 +88,7 @@ def fit_and_judge(
         head: ``ridge`` or ``mlp``; the vectors are chosen by ridge in either case.
     """
     n = len(y)
-    difficulty, slow_at, slow, chosen = np.empty(n), np.empty((len(SHARES), n)), np.empty(n), []
+    difficulty, slow_at, slow, band, chosen = np.empty(n), np.empty((len(SHARES), n)), np.empty(n), np.empty(n), []
     for train, held in folds(strata, groups, FOLDS, seed):
         inner = folds([strata[i] for i in train], [groups[i] for i in train], INNER, seed)
         cut = [(name, x[train]) for name, x in candidates]
@@ -106,12 +109,23 @@ def fit_and_judge(
         difficulty[held] = predict(model, x[held])
         known = Modes(*(Outcome(o.right[train], o.tokens[train]) for o in (modes.fast, modes.slow)))
         slow[held] = difficulty[held] > choose_threshold(known, seen, 1.0)
+        band[held] = slow_rows(100 * difficulty[held], *choose_band(known, 100 * seen, 1.0))
         taus = np.append(np.quantile(seen, 1 - SHARES[:-1]), -np.inf)
         taus[0] = np.inf
         slow_at[:, held] = difficulty[held][None] > taus[:, None]
     right = modes.fast.right + slow_at * (modes.slow.right - modes.fast.right)
     tokens = modes.fast.tokens + slow_at * (modes.slow.tokens - modes.fast.tokens)
-    return Judged(difficulty, Sweep(SHARES, right, tokens, slow_at.mean(axis=1)), modes.chosen(slow), chosen)
+    return Judged(
+        difficulty, Sweep(SHARES, right, tokens, slow_at.mean(axis=1)), modes.chosen(slow), modes.chosen(band), chosen
+    )
+
+
+def choose_band(modes: Modes, difficulty: Array, points: float) -> tuple[float, float | None]:
+    """(tau, give_up) of fewest tokens that lose at most ``points`` against always slow, on these rows."""
+    for _, lost, tau, give_up in best_pairs(difficulty, modes, 60):
+        if lost <= points / 100 + 1e-9:
+            return tau, give_up
+    return -np.inf, None
 
 
 def transfer(candidates: Sequence[tuple[str, Array]], y: Array, source: Array, target: Array, groups: Sequence[str],

@@ -9,9 +9,10 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
+from kvroute.candidates import slow_rows
 from kvroute.confidence_maps import auroc
 from kvroute.routing_curves import Modes, Outcome
-from quality.crossfit import SetAuroc, fit_and_judge, folds, transfer
+from quality.crossfit import SetAuroc, choose_band, fit_and_judge, folds, transfer
 
 N = 120
 RNG = np.random.default_rng(0)
@@ -44,6 +45,23 @@ def test_what_tells_is_chosen_and_saves_tokens() -> None:
     assert (np.diff(judged.sweep.mean_tokens) >= 0).all()
     mlp = fit_and_judge([("telling", TELLING)], Y, MODES, STRATA, GROUPS, seed=0, head="mlp")
     assert auroc(mlp.difficulty, HARD) > 0.95
+
+
+def test_where_neither_mode_is_right_it_gives_up() -> None:
+    """A quarter of the rows is beyond both modes: one threshold thinks about them, a band does not."""
+    beyond = np.arange(N) % 4 == 0
+    difficulty = np.where(beyond, 100.0, 100 * Y) + RNG.normal(0, 2, N)
+    modes = Modes(Outcome(MODES.fast.right * ~beyond, MODES.fast.tokens), Outcome(1.0 * ~beyond, MODES.slow.tokens))
+    tau, give_up = choose_band(modes, difficulty, 1.0)
+    assert give_up is not None
+    assert 5 < tau < 75 < give_up < 100
+    judged = fit_and_judge(
+        [("telling", difficulty[:, None].astype(np.float32))], difficulty / 100, modes, STRATA, GROUPS, seed=0
+    )
+    assert judged.band.accuracy >= modes.slow.accuracy - 0.03
+    assert judged.band.mean_tokens < judged.point.mean_tokens - 5
+    useless = Modes(modes.fast, Outcome(modes.fast.right, modes.slow.tokens))
+    assert useless.chosen(slow_rows(difficulty, *choose_band(useless, difficulty, 1.0))).mean_tokens == 5
 
 
 def test_a_row_does_not_judge_itself() -> None:
