@@ -109,7 +109,7 @@ def fit_and_judge(
         difficulty[held] = predict(model, x[held])
         known = Modes(*(Outcome(o.right[train], o.tokens[train]) for o in (modes.fast, modes.slow)))
         slow[held] = difficulty[held] > choose_threshold(known, seen, 1.0)
-        band[held] = slow_rows(100 * difficulty[held], *choose_band(known, 100 * seen, 1.0))
+        band[held] = slow_rows(_percent(difficulty[held]), *choose_band(known, _percent(seen), 1.0))
         taus = np.append(np.quantile(seen, 1 - SHARES[:-1]), -np.inf)
         taus[0] = np.inf
         slow_at[:, held] = difficulty[held][None] > taus[:, None]
@@ -118,6 +118,10 @@ def fit_and_judge(
     return Judged(
         difficulty, Sweep(SHARES, right, tokens, slow_at.mean(axis=1)), modes.chosen(slow), modes.chosen(band), chosen
     )
+
+
+def _percent(difficulty: Array) -> Array:
+    return np.clip(100 * difficulty, 0, 100)
 
 
 def choose_band(modes: Modes, difficulty: Array, points: float) -> tuple[float, float | None]:

@@ -50,7 +50,7 @@ def test_what_tells_is_chosen_and_saves_tokens() -> None:
 def test_where_neither_mode_is_right_it_gives_up() -> None:
     """A quarter of the rows is beyond both modes: one threshold thinks about them, a band does not."""
     beyond = np.arange(N) % 4 == 0
-    difficulty = np.where(beyond, 100.0, 100 * Y) + RNG.normal(0, 2, N)
+    difficulty = np.clip(np.where(beyond, 97.0, 100 * Y) + RNG.normal(0, 2, N), 0, 100)
     modes = Modes(Outcome(MODES.fast.right * ~beyond, MODES.fast.tokens), Outcome(1.0 * ~beyond, MODES.slow.tokens))
     tau, give_up = choose_band(modes, difficulty, 1.0)
     assert give_up is not None
