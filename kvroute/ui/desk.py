@@ -5,7 +5,6 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import PurePath
 from typing import TYPE_CHECKING, Annotated, Any, Final, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints
@@ -14,6 +13,7 @@ from kvroute._version import __version__
 from kvroute.engines.base import Engine, decides_inside
 from kvroute.errors import InvalidInputError
 from kvroute.generation import CancelToken, Prompt, SamplingOptions
+from kvroute.models import name_on_pages
 from kvroute.ui.layers import LayerComparison
 from kvroute.ui.watching import Event, Watcher
 
@@ -108,7 +108,7 @@ class Desk:
         return {
             "version": __version__,
             "model": {
-                "name": _without_folders(info.name),
+                "name": name_on_pages(info.name),
                 "architecture": info.architecture,
                 "layers": info.num_layers,
                 "context": info.context,
@@ -170,8 +170,3 @@ class Desk:
     def _prompt(self, question: str) -> Prompt:
         chat = bool(getattr(self.engine.tokenizer, "chat_template", None))
         return [{"role": "user", "content": question}] if chat else question
-
-
-def _without_folders(name: str) -> str:
-    """A model's name; of a folder's path its end, which is enough to know it by."""
-    return "/".join(PurePath(name).parts[-2:])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from pathlib import Path
 
@@ -13,6 +14,7 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 from _made_up_tasks import made_up_tasks
 from kvroute import TransformersEngine
 from kvroute.embedding_evaluation import EvaluationOptions, evaluate_embeddings
+from kvroute.models import name_on_pages
 
 pytestmark = pytest.mark.real
 
@@ -42,3 +44,6 @@ def test_smollm2_tells_animals_from_money_and_finds_the_document(smollm2: Transf
     assert best.ms < half.ms  # type: ignore[operator]
     files = report.save(tmp_path / "report", command="kvroute evaluate embeddings")
     assert all(f.stat().st_size > 10_000 for f in files)
+    title = re.search(r"<title>(.*)</title>", files[1].read_text())
+    assert title is not None
+    assert title[1] == f"Embeddings of {name_on_pages(report.about['model'])}"

@@ -137,6 +137,12 @@ def test_a_package_that_is_not_installed_is_named_with_the_line_that_mends_it(
     assert not list(tmp_path.iterdir())
 
 
+def test_a_name_on_a_page_is_no_path() -> None:
+    assert models.name_on_pages("Qwen/Qwen3-8B") == "Qwen/Qwen3-8B"
+    assert models.name_on_pages("smollm2") == "smollm2"
+    assert models.name_on_pages("/home/someone/models/mine") == "models/mine"
+
+
 def test_the_cache_folder(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("KVROUTE_CACHE", "~/somewhere")
     assert models.cache_folder() == Path.home() / "somewhere"
