@@ -71,8 +71,9 @@ def command(
     ids, texts, skipped = _read(file, field, jsonl, skip_empty)
     from kvroute import KVEmbedder
 
+    pooling = load_spec(spec)  # before a model is loaded, or even converted
     engine = load_engine(model, dtype, device, engine_name)
-    made = KVEmbedder.load(embedder, engine) if embedder is not None else KVEmbedder(engine, load_spec(spec))
+    made = KVEmbedder.load(embedder, engine) if embedder is not None else KVEmbedder(engine, pooling)
     began = time.perf_counter()
     if prompt_name is not None:
         prompt = made.prompt(prompt_name, prompt)
