@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
+import signal
 import socket
 import subprocess
 import sys
@@ -53,7 +55,7 @@ def running(command: list[str], port: int, log: Path, *, patience: float = 240.0
         patience: seconds that its start may take.
     """
     with log.open("wb") as out:
-        process = subprocess.Popen(command, cwd=ROOT, env=environment(), stdout=out, stderr=out)
+        process = subprocess.Popen(command, cwd=ROOT, env=environment(), stdout=out, stderr=out, start_new_session=True)
     try:
         url = f"http://127.0.0.1:{port}"
         _wait(url, process, log, patience)
@@ -65,6 +67,8 @@ def running(command: list[str], port: int, log: Path, *, patience: float = 240.0
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
+        with contextlib.suppress(ProcessLookupError):  # a server that was killed leaves its engine behind
+            os.killpg(process.pid, signal.SIGKILL)
 
 
 @contextlib.contextmanager
