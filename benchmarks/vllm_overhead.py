@@ -11,6 +11,10 @@ same with what other machines take away left out as far as possible: every run h
 lower quartile of its times over the runs of one pair of servers counts, and these are added. The second table says
 what each process took; the engine's core waits busily, so most of its time is none of its work.
 
+``engine`` is the same of one engine in one process, with which no server's start interferes: kvroute is plugged in and
+out between runs (vLLM asks at each step whether there is a connector). What vLLM decides at its start, because there is
+one, stays, and processes beside the engine's are not in it.
+
 ``hooks`` are CPU seconds in our hooks / CPU seconds of the engine's steps, in an engine in one process with one thread,
 which is what vLLM gives a server on 2 cores; ``hooks_wall`` the same of the server by its own metric and the clock.
 The two methods that vLLM calls once a layer and that are empty are timed apart and added. The last table says what
@@ -42,6 +46,7 @@ from _harness import JUDGED_FROM, Figure, add_common_arguments, figure_table, fi
 from _heads import costs_head
 from _hook_meter import Asked, hook_shares, made_of, shares_of
 from _load import Streamed, Times, cpu_seconds, metric, processes_below, step_seconds, stream_all, undisturbed
+from _one_engine import in_turn, ratios_of, undisturbed_ratio
 from _texts import text_of
 from kvroute import Policy, TransformersEngine
 from kvroute.models import BUNDLED, bundled_path
@@ -284,6 +289,28 @@ def overhead(
     return figures, _times_table(times, rates) + "\n\n" + _cpu_table(by_role)
 
 
+def one_engine(
+    arguments: argparse.Namespace, settings: dict[str, Any], prompts: list[list[int]], tokens: int, folder: Path
+) -> dict[str, Figure]:
+    """The figures of one engine that kvroute is plugged into and out of."""
+    sides = {name: (name != PLAIN, ask) for name, ask in SIDES.items()}
+    log = None if arguments.logs is None else folder / "engine.log"
+    limit = 0.0 if arguments.quick else arguments.seconds
+    found = _vllm.apart(
+        in_turn, model_folder(arguments.model), settings, prompts, sides, tokens, limit, log=log
+    )  # fmt: skip
+    figures: dict[str, Figure] = {}
+    for one, other in ((PLAIN, "nothing asked"), (PLAIN, "every feature"), ("nothing asked", "every feature")):
+        key = "asked" if one != PLAIN else other.replace(" ", "_")
+        must = ">= 0.98" if key == "every_feature" else None
+        figures[f"engine_{key}"] = summarise(ratios_of(found, one, other), must, seed=arguments.seed)
+        value, low, high = undisturbed_ratio(found, one, other, draws=1000, seed=arguments.seed)
+        rounds = len(found[one]) // 2
+        ok = judge(low, high, must) if must is not None and rounds >= JUDGED_FROM else None
+        figures[f"engine_undisturbed_{key}"] = Figure(value, low, high, must, ok, rounds)
+    return figures
+
+
 def _cpu_table(by_role: Mapping[str, Sequence[Floats]]) -> str:
     rows = []
     for name, found in by_role.items():
@@ -338,7 +365,7 @@ def main() -> None:
     add_common_arguments(parser, seconds=420.0)
     parser.add_argument("--tokens", type=int, help="tokens an answer, by default 64; 24 with --quick")
     parser.add_argument("--logs", type=Path, help="folder for the servers' logs; by default they are thrown away")
-    parser.add_argument("--only", choices=("server", "hooks"), help="one half of it")
+    parser.add_argument("--only", choices=("server", "engine", "hooks"), help="one part of it")
     arguments = parser.parse_args()
     if arguments.quick and arguments.seconds == 420.0:
         arguments.seconds = 40.0
@@ -350,7 +377,9 @@ def main() -> None:
     with _folder(arguments.logs) as folder:
         settings = make_settings(arguments.model, folder, arguments.seed)
         prompts = tokenized(arguments.model, texts)
-        if arguments.only != "server":
+        if arguments.only in (None, "engine"):
+            figures |= one_engine(arguments, settings, prompts, tokens, folder)
+        if arguments.only in (None, "hooks"):
             log = None if arguments.logs is None else folder / "hooks.log"
             options = Asked(PARTS, REQUESTS, tokens, arguments.seconds / 3, arguments.quick)
             model = model_folder(arguments.model)
@@ -359,7 +388,7 @@ def main() -> None:
                 label = "every_feature" if name == "everything" else "nothing_asked"
                 figures[f"hooks_{label}"] = summarise(shares_of(found[name], 2), bound, seed=arguments.seed)
             print(made_of(found) + "\n")
-        if arguments.only != "hooks":
+        if arguments.only in (None, "server"):
             more, times = overhead(arguments, settings, prompts, tokens, folder)
             figures |= more
             print(times + "\n")
