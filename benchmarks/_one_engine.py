@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 import _vllm
+from _harness import JUDGED_FROM, Figure, judge, summarise
 from _load import Seconds
 
 
@@ -134,3 +135,17 @@ def undisturbed_ratio(
     again = [ratio(rng.integers(0, rounds, rounds)) for _ in range(draws)]
     low, high = np.percentile(again, [2.5, 97.5])
     return ratio(np.arange(rounds)), float(low), float(high)
+
+
+def engine_figures(found: Mapping[str, Sequence[Turn]], plain: str, seed: int) -> dict[str, Figure]:
+    """Throughput of the sides "nothing asked" and "every feature" / that of ``plain``, and of the two."""
+    figures: dict[str, Figure] = {}
+    for one, other in ((plain, "nothing asked"), (plain, "every feature"), ("nothing asked", "every feature")):
+        key = "asked" if one != plain else other.replace(" ", "_")
+        must = ">= 0.98" if key == "every_feature" else None
+        figures[f"engine_{key}"] = summarise(ratios_of(found, one, other), must, seed=seed)
+        value, low, high = undisturbed_ratio(found, one, other, draws=1000, seed=seed)
+        rounds = len(found[one]) // 2
+        ok = judge(low, high, must) if must is not None and rounds >= JUDGED_FROM else None
+        figures[f"engine_undisturbed_{key}"] = Figure(value, low, high, must, ok, rounds)
+    return figures

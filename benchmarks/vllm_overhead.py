@@ -35,7 +35,7 @@ import random
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -43,22 +43,13 @@ import numpy as np
 
 import _vllm
 from _harness import JUDGED_FROM, Figure, add_common_arguments, figure_table, finish, judge, summarise, table
-from _heads import costs_head
+from _heads import costs_settings
 from _hook_meter import Asked, hook_shares, made_of, shares_of
 from _load import Streamed, Times, cpu_seconds, metric, processes_below, step_seconds, stream_all, undisturbed
-from _one_engine import in_turn, ratios_of, undisturbed_ratio
+from _one_engine import engine_figures, in_turn
 from _texts import text_of
-from kvroute import Policy, TransformersEngine
 from kvroute.models import BUNDLED, bundled_path
-from kvroute.pooling import PRESETS
 
-THINKING = {
-    "fast": "<think>\n\n</think>\n\n",
-    "slow": "<think>\n",
-    "leave": "\n</think>\n\n",
-    "enter": "\n<think>\n",
-    "close": "</think>",
-}
 FEATURES = ["prompt:paper-mteb", "answer:paper-mteb", "kv-coe", "length"]
 EVERYTHING = {"features": FEATURES, "confidence": "right", "policy": "costs"}
 PARTS: dict[str, dict[str, Any] | None] = {
@@ -73,26 +64,6 @@ PARTS: dict[str, dict[str, Any] | None] = {
 }
 REQUESTS = 8
 """At once, which is also the most that the server runs at once."""
-
-
-def make_settings(model: str, folder: Path, seed: int) -> dict[str, Any]:
-    """Heads and a policy for a model, written to a folder, as the connector's settings.
-
-    The thresholds are in the middle, so that both modes and switches happen; what they read has no meaning here.
-    """
-    engine = TransformersEngine.from_pretrained(model, dtype="float32")
-    head = costs_head(engine, seed)
-    windows = costs_head(engine, seed + 1)
-    answers = costs_head(engine, seed + 2, spec=PRESETS["paper-mteb"])
-    replace(head, windows=windows).save(folder / "policies" / "head")
-    replace(answers, target="correct").save(folder / "heads" / "right")
-    Policy(kind="two-step", head="head", tau_fast=5, tau_slow=95).save(folder / "policies" / "costs.json")
-    return {
-        "policies": str(folder / "policies"),
-        "heads": str(folder / "heads"),
-        "thinking": THINKING,
-        "strict": True,
-    }
 
 
 # ---------------------------------------------------------------------- a server
@@ -295,20 +266,9 @@ def one_engine(
     """The figures of one engine that kvroute is plugged into and out of."""
     sides = {name: (name != PLAIN, ask) for name, ask in SIDES.items()}
     log = None if arguments.logs is None else folder / "engine.log"
-    limit = 0.0 if arguments.quick else arguments.seconds
-    found = _vllm.apart(
-        in_turn, model_folder(arguments.model), settings, prompts, sides, tokens, limit, log=log
-    )  # fmt: skip
-    figures: dict[str, Figure] = {}
-    for one, other in ((PLAIN, "nothing asked"), (PLAIN, "every feature"), ("nothing asked", "every feature")):
-        key = "asked" if one != PLAIN else other.replace(" ", "_")
-        must = ">= 0.98" if key == "every_feature" else None
-        figures[f"engine_{key}"] = summarise(ratios_of(found, one, other), must, seed=arguments.seed)
-        value, low, high = undisturbed_ratio(found, one, other, draws=1000, seed=arguments.seed)
-        rounds = len(found[one]) // 2
-        ok = judge(low, high, must) if must is not None and rounds >= JUDGED_FROM else None
-        figures[f"engine_undisturbed_{key}"] = Figure(value, low, high, must, ok, rounds)
-    return figures
+    limit = 0.0 if arguments.quick else arguments.seconds / (1 if arguments.only else 2)
+    found = _vllm.apart(in_turn, model_folder(arguments.model), settings, prompts, sides, tokens, limit, log=log)
+    return engine_figures(found, PLAIN, arguments.seed)
 
 
 def _cpu_table(by_role: Mapping[str, Sequence[Floats]]) -> str:
@@ -375,7 +335,7 @@ def main() -> None:
     texts = [text_of(40 + 10 * i, rng) for i in range(REQUESTS)]
     figures: dict[str, Figure] = {}
     with _folder(arguments.logs) as folder:
-        settings = make_settings(arguments.model, folder, arguments.seed)
+        settings = costs_settings(arguments.model, folder, arguments.seed)
         prompts = tokenized(arguments.model, texts)
         if arguments.only in (None, "engine"):
             figures |= one_engine(arguments, settings, prompts, tokens, folder)

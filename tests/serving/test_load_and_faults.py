@@ -54,3 +54,12 @@ def test_overhead(tmp_path: Path) -> None:
     figures, _ = quick("vllm_overhead", tmp_path, "--logs", str(tmp_path), "--only", "server")
     assert {"throughput_every_feature", "throughput_nothing_asked", "hooks_wall_every_feature"} <= set(figures)
     assert figures["hooks_wall_every_feature"]["value"] > figures["hooks_wall_nothing_asked"]["value"] > 0
+
+
+@pytest.mark.slow
+def test_overhead_in_one_engine(tmp_path: Path) -> None:
+    """Each run asserts that its requests have results with kvroute plugged in and asked, and else none."""
+    figures, _ = quick("vllm_overhead", tmp_path, "--logs", str(tmp_path), "--only", "engine")
+    keys = {"nothing_asked", "every_feature", "asked"}
+    assert set(figures) == {f"engine_{key}" for key in keys} | {f"engine_undisturbed_{key}" for key in keys}
+    assert all(0.5 < figure["value"] < 1.5 for figure in figures.values())
