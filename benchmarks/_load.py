@@ -94,7 +94,7 @@ def step_seconds(found: Sequence[Streamed]) -> Seconds:
     return np.diff(np.median(whole, axis=0), prepend=0.0)
 
 
-def undisturbed(runs: Sequence[Seconds]) -> float:
+def undisturbed(runs: Sequence[Seconds] | Seconds) -> float:
     """Seconds of a run whose steps each take the lower quartile of their times over all runs."""
     return float(np.percentile(np.stack(runs), 25, axis=0).sum())
 

@@ -12,7 +12,7 @@ import numpy as np
 
 import _vllm
 from _harness import JUDGED_FROM, Figure, judge, summarise
-from _load import Seconds
+from _load import Seconds, undisturbed
 
 
 @dataclass(frozen=True)
@@ -21,12 +21,10 @@ class Turn:
 
     Attributes:
         wall: seconds.
-        cpu: CPU seconds of the process.
         steps: seconds from the end of one step to that of the next, the last one until all is delivered.
     """
 
     wall: float
-    cpu: float
     steps: Seconds
 
 
@@ -89,17 +87,16 @@ def in_turn(
         params = _vllm.sampling(ask, max_tokens=tokens, ignore_eos=True)
         with contextlib.nullcontext() if plugged else unplugged(engine):
             ends.clear()
-            cpu, start = time.process_time(), time.perf_counter()
+            start = time.perf_counter()
             outputs = engine.generate([{"prompt_token_ids": list(p)} for p in prompts], params, use_tqdm=False)
-            end, used = time.perf_counter(), time.process_time() - cpu
+            end = time.perf_counter()
         for output in outputs:
             result = (output.kv_transfer_params or {}).get("kvroute")
             if len(output.outputs[0].token_ids) != tokens or (ask is not None and (result is None or result["error"])):
                 raise AssertionError(f"An answer or its result is not whole: {result}")
             if not plugged and result is not None:
                 raise AssertionError("An engine without kvroute has a result of it.")
-        marks = np.diff([start, *ends[:-1], end])
-        return Turn(end - start, used, marks)
+        return Turn(end - start, np.diff([start, *ends[:-1], end]))
 
     found: dict[str, list[Turn]] = {name: [] for name in sides}
     for plugged, ask in sides.values():
@@ -128,8 +125,8 @@ def undisturbed_ratio(
 
     def ratio(drawn: np.ndarray[Any, Any]) -> float:
         turns = np.concatenate([2 * drawn, 2 * drawn + 1])
-        a, b = (np.percentile(side[turns], 25, axis=0).sum() for side in steps)
-        return float(a / b)
+        a, b = (undisturbed(side[turns]) for side in steps)
+        return a / b
 
     rng = np.random.default_rng(seed)
     again = [ratio(rng.integers(0, rounds, rounds)) for _ in range(draws)]

@@ -45,7 +45,7 @@ import _vllm
 from _harness import JUDGED_FROM, Figure, add_common_arguments, figure_table, finish, judge, summarise, table
 from _heads import costs_settings
 from _hook_meter import Asked, hook_shares, made_of, shares_of
-from _load import Streamed, Times, cpu_seconds, metric, processes_below, step_seconds, stream_all, undisturbed
+from _load import Seconds, Streamed, Times, cpu_seconds, metric, processes_below, step_seconds, stream_all, undisturbed
 from _one_engine import engine_figures, in_turn
 from _texts import text_of
 from kvroute.models import BUNDLED, bundled_path
@@ -91,9 +91,6 @@ def check(found: Sequence[Streamed], tokens: int, asked: bool) -> None:
             raise AssertionError(f"Something asked for is missing: {sorted(result['features'])}")
 
 
-Floats = np.ndarray[Any, np.dtype[np.float64]]
-
-
 @dataclass(frozen=True)
 class Run:
     """All requests once, on one server.
@@ -105,8 +102,8 @@ class Run:
     """
 
     wall: float
-    cpu: Floats
-    steps: Floats
+    cpu: Seconds
+    steps: Seconds
 
 
 ROLES = ("worker", "engine core", "API server")
@@ -133,7 +130,7 @@ class Server:
                 with contextlib.suppress(ProcessLookupError):
                     os.sched_setaffinity(int(task.name), {core})
 
-    def cpu(self) -> Floats:
+    def cpu(self) -> Seconds:
         """CPU seconds so far, in the order of ROLES."""
         found = dict.fromkeys(ROLES, 0.0)
         for process in self.processes:
@@ -183,8 +180,8 @@ def overhead(
     times = {name: Times() for name in SIDES}
     spent: dict[str, list[list[float]]] = {name: [] for name in SIDES}
     cpu: dict[str, list[list[float]]] = {name: [] for name in SIDES}
-    by_role: dict[str, list[Floats]] = {name: [] for name in SIDES}
-    by_step: dict[str, list[list[Floats]]] = {name: [] for name in SIDES}
+    by_role: dict[str, list[Seconds]] = {name: [] for name in SIDES}
+    by_step: dict[str, list[list[Seconds]]] = {name: [] for name in SIDES}
     hooks: dict[str, list[float]] = {name: [] for name in SIDES if name != PLAIN}
     began = time.monotonic()
     cores = sorted(os.sched_getaffinity(0))[:2]
@@ -271,7 +268,7 @@ def one_engine(
     return engine_figures(found, PLAIN, arguments.seed)
 
 
-def _cpu_table(by_role: Mapping[str, Sequence[Floats]]) -> str:
+def _cpu_table(by_role: Mapping[str, Sequence[Seconds]]) -> str:
     rows = []
     for name, found in by_role.items():
         median = np.median(found, axis=0)
