@@ -19,19 +19,6 @@ Seconds = np.ndarray[Any, np.dtype[np.float64]]
 
 
 @dataclass
-class Times:
-    """Of streamed requests.
-
-    Attributes:
-        first: by request, seconds to its first token.
-        between: seconds between two tokens, of all requests.
-    """
-
-    first: list[float] = field(default_factory=list)
-    between: list[float] = field(default_factory=list)
-
-
-@dataclass
 class Streamed:
     """What one streamed request gave.
 
@@ -45,33 +32,37 @@ class Streamed:
     result: dict[str, Any] | None
     arrivals: list[float] = field(default_factory=list)
 
+    def first(self) -> float:
+        """Seconds to the first token."""
+        return self.arrivals[0]
 
-def stream(url: str, body: Mapping[str, Any], times: Times) -> Streamed:
+    def between(self) -> Seconds:
+        """Seconds between two chunks with text."""
+        return np.diff(self.arrivals[:-1])
+
+
+def stream(url: str, body: Mapping[str, Any]) -> Streamed:
     """One completion, streamed.
 
     Args:
         url: of the server.
         body: of the request, without ``stream``.
-        times: takes its times.
 
     Raises:
         RuntimeError: the server answered with an error.
     """
     connection = http.client.HTTPConnection(urlsplit(url).netloc, timeout=600)
     asked = json.dumps({**body, "stream": True, "stream_options": {"include_usage": True}})
-    began = last = time.perf_counter()
+    began = time.perf_counter()
     connection.request("POST", "/v1/completions", asked, {"Content-Type": "application/json"})
     answer = connection.getresponse()
     if answer.status != 200:
         raise RuntimeError(answer.read().decode())
     found = Streamed(0, None)
     for chunk in _events(answer):
-        now = time.perf_counter()
         if chunk.get("choices"):
-            (times.between if found.tokens else times.first).append(now - (last if found.tokens else began))
-            last = now
             found.tokens += 1
-            found.arrivals.append(now - began)
+            found.arrivals.append(time.perf_counter() - began)
         if chunk.get("usage"):
             found.tokens = int(chunk["usage"]["completion_tokens"])
         found.result = (chunk.get("kv_transfer_params") or {}).get("kvroute", found.result)
@@ -80,10 +71,10 @@ def stream(url: str, body: Mapping[str, Any], times: Times) -> Streamed:
     return found
 
 
-def stream_all(url: str, bodies: Sequence[Mapping[str, Any]], times: Times) -> list[Streamed]:
+def stream_all(url: str, bodies: Sequence[Mapping[str, Any]]) -> list[Streamed]:
     """All at once, one thread a request."""
     with ThreadPoolExecutor(len(bodies)) as threads:
-        return list(threads.map(lambda body: stream(url, body, times), bodies))
+        return list(threads.map(lambda body: stream(url, body), bodies))
 
 
 def step_seconds(found: Sequence[Streamed]) -> Seconds:

@@ -14,6 +14,16 @@ import _vllm
 from _harness import JUDGED_FROM, Figure, judge, summarise
 from _load import Seconds, undisturbed
 
+PLAIN = "without kvroute"
+COMPARED = {
+    "nothing_asked": (PLAIN, "nothing asked"),
+    "every_feature": (PLAIN, "every feature"),
+    "asked": ("nothing asked", "every feature"),
+}
+"""By name, what a server without kvroute, or one of which nothing is asked, is compared with."""
+MUST = {"every_feature": ">= 0.98"}
+"""Of the throughput of the second / that of the first."""
+
 
 @dataclass(frozen=True)
 class Turn:
@@ -134,12 +144,11 @@ def undisturbed_ratio(
     return ratio(np.arange(rounds)), float(low), float(high)
 
 
-def engine_figures(found: Mapping[str, Sequence[Turn]], plain: str, seed: int) -> dict[str, Figure]:
-    """Throughput of the sides "nothing asked" and "every feature" / that of ``plain``, and of the two."""
+def engine_figures(found: Mapping[str, Sequence[Turn]], seed: int) -> dict[str, Figure]:
+    """Throughput of what is compared, as it was and undisturbed."""
     figures: dict[str, Figure] = {}
-    for one, other in ((plain, "nothing asked"), (plain, "every feature"), ("nothing asked", "every feature")):
-        key = "asked" if one != plain else other.replace(" ", "_")
-        must = ">= 0.98" if key == "every_feature" else None
+    for key, (one, other) in COMPARED.items():
+        must = MUST.get(key)
         figures[f"engine_{key}"] = summarise(ratios_of(found, one, other), must, seed=seed)
         value, low, high = undisturbed_ratio(found, one, other, draws=1000, seed=seed)
         rounds = len(found[one]) // 2

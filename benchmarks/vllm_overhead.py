@@ -35,7 +35,7 @@ import random
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -45,8 +45,8 @@ import _vllm
 from _harness import JUDGED_FROM, Figure, add_common_arguments, figure_table, finish, judge, summarise, table
 from _heads import costs_settings
 from _hook_meter import Asked, hook_shares, made_of, shares_of
-from _load import Seconds, Streamed, Times, cpu_seconds, metric, processes_below, step_seconds, stream_all, undisturbed
-from _one_engine import engine_figures, in_turn
+from _load import Seconds, Streamed, cpu_seconds, metric, processes_below, step_seconds, stream_all, undisturbed
+from _one_engine import COMPARED, MUST, PLAIN, engine_figures, in_turn
 from _texts import text_of
 from kvroute.models import BUNDLED, bundled_path
 
@@ -99,11 +99,13 @@ class Run:
         wall: seconds.
         cpu: CPU seconds by role, in the order of ROLES.
         steps: seconds of each step.
+        requests: what they gave, without kvroute's results.
     """
 
     wall: float
     cpu: Seconds
     steps: Seconds
+    requests: list[Streamed]
 
 
 ROLES = ("worker", "engine core", "API server")
@@ -163,7 +165,6 @@ def two_servers(
         yield found[False], found[True]
 
 
-PLAIN = "without kvroute"
 SIDES = {PLAIN: None, "nothing asked": None, "every feature": EVERYTHING}
 ROUNDS = 4
 """Of one pair of servers, before another is started."""
@@ -177,7 +178,7 @@ def overhead(
 
     model = Path(model_folder(arguments.model))
     connector = {**CONNECTOR, "kv_connector_extra_config": settings}
-    times = {name: Times() for name in SIDES}
+    times: dict[str, list[Streamed]] = {name: [] for name in SIDES}
     spent: dict[str, list[list[float]]] = {name: [] for name in SIDES}
     cpu: dict[str, list[list[float]]] = {name: [] for name in SIDES}
     by_role: dict[str, list[Seconds]] = {name: [] for name in SIDES}
@@ -195,13 +196,13 @@ def overhead(
                 server.bind(worker, rest)
                 os.sched_setaffinity(0, {rest})  # of this thread and of those that it starts
                 used, start = server.cpu(), time.perf_counter()
-                found = stream_all(server.url, bodies(prompts, tokens, SIDES[name]), times[name])
+                found = stream_all(server.url, bodies(prompts, tokens, SIDES[name]))
                 wall = time.perf_counter() - start
                 check(found, tokens, SIDES[name] is not None)
                 steps = step_seconds(found)
                 if len(steps) != tokens + 1:
                     raise AssertionError(f"No answer came token by token: at most {len(steps) - 1} chunks of {tokens}.")
-                return Run(wall, server.cpu() - used, steps)
+                return Run(wall, server.cpu() - used, steps, [replace(one, result=None) for one in found])
 
             def counted(name: str, turn: int) -> Run:
                 """The same, with the hooks' own time kept."""
@@ -215,10 +216,6 @@ def overhead(
             with ThreadPoolExecutor(1) as thread:
                 for name in SIDES:  # untimed
                     thread.submit(run, name, 0).result()
-                for found in times.values():
-                    if pairs == 0:
-                        found.first.clear()
-                        found.between.clear()
                 for found_by_pair in (spent, cpu):
                     for rounds in found_by_pair.values():
                         rounds.append([])
@@ -234,21 +231,13 @@ def overhead(
                         by_role[name] += [one.cpu for one in found_both]
                         cpu[name][-1].append(float(sum(one.cpu[0] for one in found_both)))
                         by_step[name][-1] += [one.steps for one in found_both]
+                        times[name] += [request for one in found_both for request in one.requests]
         pairs += 1
     figures: dict[str, Figure] = {}
-    for name in hooks:
-        key = name.replace(" ", "_")
-        must = ">= 0.98" if name == "every feature" else None
-        used = [x for pair in ratios(cpu, PLAIN, name) for x in pair]
-        figures[f"throughput_{key}"] = over_pairs(ratios(spent, PLAIN, name), must, arguments.seed, used)
-    asked = ratios(spent, "nothing asked", "every feature")
-    figures["throughput_asked"] = over_pairs(asked, None, arguments.seed, ())
     quiet = {name: [[undisturbed(runs)] for runs in found] for name, found in by_step.items()}
-    for one, other, key in (
-        (PLAIN, "nothing asked", "nothing_asked"),
-        (PLAIN, "every feature", "every_feature"),
-        ("nothing asked", "every feature", "asked"),
-    ):
+    for key, (one, other) in COMPARED.items():
+        used = [x for pair in ratios(cpu, one, other) for x in pair]
+        figures[f"throughput_{key}"] = over_pairs(ratios(spent, one, other), MUST.get(key), arguments.seed, used)
         figures[f"undisturbed_{key}"] = over_pairs(ratios(quiet, one, other), None, arguments.seed, ())
     for name, shares in hooks.items():
         figures[f"hooks_wall_{name.replace(' ', '_')}"] = summarise(shares, None, seed=arguments.seed)
@@ -265,7 +254,7 @@ def one_engine(
     log = None if arguments.logs is None else folder / "engine.log"
     limit = 0.0 if arguments.quick else arguments.seconds / (1 if arguments.only else 2)
     found = _vllm.apart(in_turn, model_folder(arguments.model), settings, prompts, sides, tokens, limit, log=log)
-    return engine_figures(found, PLAIN, arguments.seed)
+    return engine_figures(found, arguments.seed)
 
 
 def _cpu_table(by_role: Mapping[str, Sequence[Seconds]]) -> str:
@@ -294,12 +283,13 @@ def over_pairs(by_pair: Sequence[Sequence[float]], must: str | None, seed: int, 
     )
 
 
-def _times_table(times: Mapping[str, Times], rates: Mapping[str, float]) -> str:
+def _times_table(times: Mapping[str, Sequence[Streamed]], rates: Mapping[str, float]) -> str:
     rows = []
     for name, found in times.items():
-        first, between = (np.percentile(np.array(x) * 1e3, [50, 99]) for x in (found.first, found.between))
-        cells = [f"{x:.0f}" for x in (*first, *between)]
-        rows.append((name, f"{rates[name]:.1f}", *cells, len(found.first)))
+        first = [one.first() for one in found]
+        between = np.concatenate([one.between() for one in found])
+        cells = [f"{x:.0f}" for seconds in (first, between) for x in np.percentile(seconds, [50, 99]) * 1e3]
+        rows.append((name, f"{rates[name]:.1f}", *cells, len(found)))
     header = ("server", "tokens/s", "first p50 ms", "first p99", "between p50 ms", "between p99", "requests")
     return table(header, rows)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -92,15 +92,30 @@ def one_step_grid(difficulty: Any, rows: Sequence[LabelRow], k: int = 60) -> lis
         k: how many at most.
     """
     best = best_pairs(difficulty, Modes.of(rows), 2 * k)
-    spread = np.linspace(best[-1][0], best[0][0], k)
-    tokens = np.array([b[0] for b in best])
+    tokens = np.array([pair.tokens for pair in best])
+    spread = np.linspace(tokens[-1], tokens[0], k)
     picked = dict.fromkeys(int(np.abs(tokens - at).argmin()) for at in spread)
-    return [(best[i][2], best[i][3]) for i in picked]
+    return [(best[i].tau, best[i].give_up) for i in picked]
 
 
-def best_pairs(difficulty: Any, modes: Modes, k: int) -> list[tuple[float, float, float, float | None]]:
-    """(tokens, accuracy lost against always slow, tau, give_up) of the pairs of quantiles that lose least among those
-    that save as many tokens, the boldest first.
+class ThresholdPair(NamedTuple):
+    """What a one-step policy of two thresholds does on labelled rows.
+
+    Attributes:
+        tokens: mean of an answer.
+        lost: accuracy of always slow minus the policy's, in [-1, 1].
+        tau: difficulty above which it thinks.
+        give_up: difficulty above which it no longer thinks; None if there is none.
+    """
+
+    tokens: float
+    lost: float
+    tau: float
+    give_up: float | None
+
+
+def best_pairs(difficulty: Any, modes: Modes, k: int) -> list[ThresholdPair]:
+    """The pairs of quantiles that lose least among those that save as many tokens, the boldest first.
 
     Args:
         difficulty: ``[n]`` in [0, 100].
@@ -109,15 +124,15 @@ def best_pairs(difficulty: Any, modes: Modes, k: int) -> list[tuple[float, float
     """
     d = np.asarray(difficulty, dtype=np.float64)
     ends = [None, *(float(q) for q in np.unique(np.quantile(d, [0.7, 0.8, 0.85, 0.9, 0.95, 0.98])))]
-    found: list[tuple[float, float, float, float | None]] = []
+    found: list[ThresholdPair] = []
     for tau in quantile_thresholds(d, k):
         for give_up in ends:
             if give_up is None or give_up > tau:
                 c = modes.chosen(slow_rows(d, tau, give_up))
-                found.append((c.mean_tokens, modes.slow.accuracy - c.accuracy, tau, give_up))
-    best: list[tuple[float, float, float, float | None]] = []
-    for pair in sorted(found, key=lambda f: (f[0], f[1], f[2], f[3] is not None)):  # fewest tokens first
-        if not best or pair[1] < best[-1][1]:
+                found.append(ThresholdPair(c.mean_tokens, modes.slow.accuracy - c.accuracy, tau, give_up))
+    best: list[ThresholdPair] = []
+    for pair in sorted(found, key=lambda f: (*f[:3], f.give_up is not None)):  # fewest tokens first
+        if not best or pair.lost < best[-1].lost:
             best.append(pair)
     return best
 

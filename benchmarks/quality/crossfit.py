@@ -126,9 +126,9 @@ def _percent(difficulty: Array) -> Array:
 
 def choose_band(modes: Modes, difficulty: Array, points: float) -> tuple[float, float | None]:
     """(tau, give_up) of fewest tokens that lose at most ``points`` against always slow, on these rows."""
-    for _, lost, tau, give_up in best_pairs(difficulty, modes, 60):
-        if lost <= points / 100 + 1e-9:
-            return tau, give_up
+    for pair in best_pairs(difficulty, modes, 60):
+        if pair.lost <= points / 100 + 1e-9:
+            return pair.tau, pair.give_up
     return -np.inf, None
 
 

@@ -29,6 +29,17 @@ class Running:
     url: str
     process: subprocess.Popen[bytes]
 
+    def end(self) -> None:
+        """End it with all its processes; nothing happens where it has ended."""
+        self.process.terminate()
+        try:
+            self.process.wait(30)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+        with contextlib.suppress(ProcessLookupError):  # a server that was killed leaves its engine behind
+            os.killpg(self.process.pid, signal.SIGKILL)
+
 
 def free_port() -> int:
     """One that nobody listens on."""
@@ -56,19 +67,12 @@ def running(command: list[str], port: int, log: Path, *, patience: float = 240.0
     """
     with log.open("wb") as out:
         process = subprocess.Popen(command, cwd=ROOT, env=environment(), stdout=out, stderr=out, start_new_session=True)
+    server = Running(f"http://127.0.0.1:{port}", process)
     try:
-        url = f"http://127.0.0.1:{port}"
-        _wait(url, process, log, patience)
-        yield Running(url, process)
+        _wait(server.url, process, log, patience)
+        yield server
     finally:
-        process.terminate()
-        try:
-            process.wait(30)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
-        with contextlib.suppress(ProcessLookupError):  # a server that was killed leaves its engine behind
-            os.killpg(process.pid, signal.SIGKILL)
+        server.end()
 
 
 @contextlib.contextmanager

@@ -110,9 +110,10 @@ def test_a_stop_string(client, stream):
     more = {"stream": True, "stream_options": {"include_usage": True}} if stream else {}
     told, found = complete(client, stop=stop, **more)
     behind = found["tokens"]["behind_stop"]
-    assert 0 <= behind <= 2
     written = (told[-1] if stream else told).usage.completion_tokens
     assert 2 < written <= 12
+    # the engine writes on until it hears of the stop string from the API server, on a busy machine as far as it may
+    assert 0 <= behind <= 12 - written
     check(found, complete(client, max_tokens=written + behind)[1])
 
 

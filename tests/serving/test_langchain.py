@@ -190,26 +190,6 @@ async def test_a_cancelled_task_ends_the_work_there(client, server: Running) -> 
     assert chat.invoke(QUESTIONS[0], temperature=0).text
 
 
-def test_a_server_that_restarts(command: list[str], tmp_path: Path) -> None:
-    port = free_port()
-    with VLLMClient(f"http://127.0.0.1:{port}", tokenizer=MODEL, api_key=KEY, retries=0) as client:
-        chat = ChatKVRoute(engine=client, policy="policy", max_tokens=100)
-        with running([*command, "--port", str(port)], port, tmp_path / "one", patience=400):
-            first = chat.invoke(QUESTIONS[0])
-        with pytest.raises(ServerUnreachableError):
-            chat.invoke(QUESTIONS[0])
-        with running([*command, "--port", str(port)], port, tmp_path / "two", patience=400):
-            end = time.monotonic() + 60
-            while True:
-                try:
-                    again = chat.invoke(QUESTIONS[0])
-                    break
-                except ServerUnreachableError:
-                    assert time.monotonic() < end
-                    time.sleep(0.5)
-        assert again.content == first.content
-
-
 @expected_to_fail(WEAK, *TOOLS)
 class TestStandard(ChatModelIntegrationTests):
     """LangChain's standard tests."""
@@ -282,3 +262,26 @@ def test_an_ask_that_cannot_be_done_costs_itself_alone(server: Running) -> None:
     assert message.content
     assert about is not None
     assert "none-such" in about["faults"][0]
+
+
+# ---------------------------------------------------------------------- the last one: it ends the server
+
+
+def test_a_server_that_restarts(server: Running, command: list[str], tmp_path: Path) -> None:
+    port = server.url.rpartition(":")[2]
+    with VLLMClient(server.url, tokenizer=MODEL, api_key=KEY, retries=0) as client:
+        chat = ChatKVRoute(engine=client, policy="policy", max_tokens=100)
+        first = chat.invoke(QUESTIONS[0])
+        server.end()
+        with pytest.raises(ServerUnreachableError):
+            chat.invoke(QUESTIONS[0])
+        with running([*command, "--port", port], int(port), tmp_path / "log", patience=400):
+            end = time.monotonic() + 60
+            while True:
+                try:
+                    again = chat.invoke(QUESTIONS[0])
+                    break
+                except ServerUnreachableError:
+                    assert time.monotonic() < end
+                    time.sleep(0.5)
+        assert again.content == first.content

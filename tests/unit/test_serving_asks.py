@@ -181,10 +181,10 @@ CYCLE.append(CYCLE)
     ],
 )  # fmt: skip
 def test_nonsense(value: Any, message: str, hint: str) -> None:
-    began = time.perf_counter()
+    began = time.process_time()
     with pytest.raises(AskError) as caught:
         ask(value)
-    assert time.perf_counter() - began < 0.5
+    assert time.process_time() - began < 0.5
     assert message in caught.value.message
     assert hint in (caught.value.hint or "")
     assert len(caught.value.message) <= 300
