@@ -58,11 +58,15 @@ class Request:
             tokens: all that were written behind the mode's.
             mark: what ends a thought.
         """
-        for end in range(self.seen + 1, len(tokens) + 1):
-            if self.closed:
-                break
-            self.closed = mark.ends(tokens[max(0, end - mark.width) : end])
-        self.seen = len(tokens)
+        length = len(tokens)
+        if not self.closed and length > self.seen:
+            begin = max(0, self.seen + 1 - mark.width)
+            new = tokens[begin:]  # once: the slices of a list that an engine writes to are dear
+            ends = range(self.seen + 1 - begin, length + 1 - begin)
+            self.closed = (len(ends) == 1 or mark.stands(new)) and any(
+                mark.ends(new[max(0, end - mark.width) : end]) for end in ends
+            )
+        self.seen = length
 
     def may_switch(self) -> bool:
         """Whether a checkpoint could still change anything."""
@@ -253,6 +257,10 @@ class ClosingMark:
         if len(self._ids) <= 1:
             return bool(self._ids) and list(tokens[-1:]) == self._ids
         return self._text in str(self._tokenizer.decode(list(tokens), skip_special_tokens=False))
+
+    def stands(self, tokens: Sequence[int]) -> bool:
+        """Whether it stands anywhere in some tokens."""
+        return self._ids[0] in tokens if len(self._ids) == 1 else self.exists and self.ends(tokens)
 
     def find(self, tokens: Sequence[int]) -> int | None:
         """How many tokens there are up to the end of the first one, or None where there is none."""

@@ -100,7 +100,12 @@ class Decided:
     def _checkpoint(self, tokens: Sequence[int], stop: int, sif: SifWeights) -> Look | None:
         """The look that the newest token's step takes, of all tokens before it, as an engine of one's own does."""
         request, policy = self.request, self.policy
-        if policy.kind != "two-step" or stop != len(tokens) or not request.decision.mode:
+        if policy.kind != "two-step" or not request.decision.mode:
+            return None
+        settled = self.known or not policy.shadow
+        if settled and (stop - self.prompt_len - len(self.suffix) - 1) % policy.every:  # as is_checkpoint, for less
+            return None
+        if stop != len(tokens):
             return None
         if policy.shadow and not self.known and not self._see(tokens):
             return None
