@@ -63,9 +63,7 @@ class Request:
             begin = max(0, self.seen + 1 - mark.width)
             new = tokens[begin:]  # once: the slices of a list that an engine writes to are dear
             ends = range(self.seen + 1 - begin, length + 1 - begin)
-            self.closed = (len(ends) == 1 or mark.stands(new)) and any(
-                mark.ends(new[max(0, end - mark.width) : end]) for end in ends
-            )
+            self.closed = mark.stands(new) and any(mark.ends(new[max(0, end - mark.width) : end]) for end in ends)
         self.seen = length
 
     def may_switch(self) -> bool:
@@ -264,10 +262,10 @@ class ClosingMark:
 
     def find(self, tokens: Sequence[int]) -> int | None:
         """How many tokens there are up to the end of the first one, or None where there is none."""
-        if len(self._ids) == 1:
-            return tokens.index(self._ids[0]) + 1 if self._ids[0] in tokens else None
-        if not self.exists or not self.ends(tokens):
+        if not self.stands(tokens):
             return None
+        if len(self._ids) == 1:
+            return tokens.index(self._ids[0]) + 1
         low, high = 0, len(tokens)  # it is in the first `high`, and not in the first `low`
         while high - low > 1:
             middle = (low + high) // 2

@@ -102,17 +102,13 @@ class Decided:
         request, policy = self.request, self.policy
         if policy.kind != "two-step" or not request.decision.mode:
             return None
-        settled = self.known or not policy.shadow
-        if settled and (stop - self.prompt_len - len(self.suffix) - 1) % policy.every:  # as is_checkpoint, for less
+        newest = stop == len(tokens)
+        if policy.shadow and not self.known and not (newest and self._see(tokens)):
             return None
-        if stop != len(tokens):
-            return None
-        if policy.shadow and not self.known and not self._see(tokens):
+        held = stop - self.prompt_len - len(self.suffix) - 1
+        if held < 0 or not request.is_checkpoint(held, policy.every) or not newest or not request.may_switch():
             return None
         behind = _Behind(tokens, self.prompt_len + len(self.suffix))
-        held = len(behind) - 1
-        if held < 0 or not request.is_checkpoint(held, policy.every) or not request.may_switch():
-            return None
         request.follow(behind, self.thinking.mark)
         if not request.may_switch():
             return None

@@ -105,20 +105,19 @@ class Tally:
         """What came together since the last time, or None where that is nothing to speak of."""
         now = self._clock()
         late = now - self._sent >= _EVERY
-        if not late and self._off is None and self._held == self._held_sent and not self._has_news():
-            return None  # most steps
-        seconds = {side: spent for side, spent in self._seconds.items() if spent > 0}
-        counts = {name: dict(counter) for name, counter in self._counts.items() if counter}
-        values = {name: list(found) for name, found in self._values.items() if found}
-        payload: dict[str, Any] = {**counts, **values}
+        news = self._results or self._off is not None or any(self._counts.values()) or any(self._values.values())
+        held = self._held != self._held_sent and (news or late or not any(self._held.values()))
+        if not (news or held or (late and any(self._seconds.values()))):
+            return None
+        payload: dict[str, Any] = {name: dict(counter) for name, counter in self._counts.items() if counter}
+        payload |= {name: list(found) for name, found in self._values.items() if found}
         if self._results:
             payload["results"] = self._results
         if self._off is not None:
             payload["off"] = self._off
-        if self._held != self._held_sent and (payload or late or not any(self._held.values())):
+        if held:
             payload["held"] = self._held_sent = self._held
-        if not payload and (not seconds or not late):
-            return None
+        seconds = {side: spent for side, spent in self._seconds.items() if spent > 0}
         if seconds:
             payload["seconds"] = seconds
             self._seconds = {"scheduler": 0.0, "worker": 0.0}
@@ -129,9 +128,6 @@ class Tally:
         self._off = None
         self._sent = now
         return payload
-
-    def _has_news(self) -> bool:
-        return bool(self._results) or any(self._counts.values()) or any(self._values.values())
 
     def _add(self, name: str, value: float | None) -> None:
         if value is not None and math.isfinite(value):

@@ -28,9 +28,13 @@ class Running:
 
     url: str
     process: subprocess.Popen[bytes]
+    ended: bool = False
 
     def end(self) -> None:
-        """End it with all its processes; nothing happens where it has ended."""
+        """End it with all its processes; nothing happens the second time, when its id may be another's."""
+        if self.ended:
+            return
+        self.ended = True
         self.process.terminate()
         try:
             self.process.wait(30)
